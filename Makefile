@@ -1,0 +1,39 @@
+# make train   the main job: a tiny mixture-of-experts model learns by RL, routes replayed
+# make test    every test          make lint   ruff and mypy
+# make gpu     kernels on a GPU    make bench  benchmarks      make docs   docs/*.md checked
+# Each target sets itself up in .venv; a second run installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+OUT ?= benchmarks/results
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install train test lint gpu bench docs clean
+install:
+	@VENV=$(VENV) $(PYTHON) scripts/install.py
+
+train: install
+	$(BIN)/pacenote train tiny $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A GPU machine may have no network: a python that already holds a CUDA torch is used as it is.
+gpu:
+	$(PYTHON) scripts/gpu.py --out $(OUT)
+
+bench: install
+	$(BIN)/python -m benchmarks.route --out $(OUT) $(ARGS)
+
+docs: install
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache runs

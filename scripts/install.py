@@ -1,0 +1,76 @@
+"""Make `.venv` and put pacenote into it, with the torch build that fits this machine. Standard library only.
+
+Where there is no NVIDIA GPU the CPU build of torch is taken if pip can find one (a local wheel, a mirror, an index named
+in PIP_EXTRA_INDEX_URL), else pip's default build. Where there is a GPU: pip's default build, which carries CUDA.
+A stamp keeps the digest of what was installed, so a second run installs nothing.
+
+    python scripts/install.py            # into .venv
+    TORCH=2.11.0 python scripts/install.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
+TORCH = os.environ.get("TORCH", "2.13.0")
+
+
+def has_nvidia_gpu() -> bool:
+    """True if the driver lists at least one GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def pip(*words: str, check: bool = True, quiet: bool = True) -> bool:
+    """Run pip of the environment; True if it succeeded."""
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", *words]
+    done = subprocess.run([*command, *(["--quiet"] if quiet else [])], check=False, stderr=None if check else subprocess.DEVNULL)
+    if check and done.returncode:
+        sys.exit(f"install: pip failed on: {' '.join(words)}")
+    return done.returncode == 0
+
+
+def digest() -> str:
+    """Digest of everything that decides what gets installed."""
+    text = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "scripts/install.py"))
+    return hashlib.sha256(text + f"{TORCH} {sys.version} {ROOT}".encode()).hexdigest()
+
+
+def install_torch() -> None:
+    """The CPU build on a machine without a GPU if pip can find one, else pip's default build."""
+    if not has_nvidia_gpu():
+        if pip(f"torch=={TORCH}+cpu", check=False):
+            return
+        print(f"install: no CPU build of torch {TORCH} at hand (name an index that has one in PIP_EXTRA_INDEX_URL);"
+              " taking pip's default build, which is large", flush=True)  # fmt: skip
+    pip(f"torch=={TORCH}")
+
+
+def main() -> None:
+    """Create or refresh the environment."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (this script is what tells the user)
+        sys.exit(f"install: pacenote needs Python 3.11 or newer, this is {sys.version.split()[0]}; set PYTHON=python3.11")
+    stamp, wanted = VENV / ".pacenote", digest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print(f"install: setting up {VENV.name} (once)", flush=True)
+    if not (VENV / "bin" / "python").exists():
+        venv.create(VENV, with_pip=True)
+    install_torch()
+    pip("-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]")
+    stamp.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
