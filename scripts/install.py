@@ -1,7 +1,7 @@
 """Make `.venv` and put pacenote into it, with the torch build that fits this machine. Standard library only.
 
-Where there is no NVIDIA GPU the CPU build of torch is taken if pip can find one (a local wheel, a mirror, an index named
-in PIP_EXTRA_INDEX_URL), else pip's default build. Where there is a GPU: pip's default build, which carries CUDA.
+Where there is no NVIDIA GPU the CPU build of torch is taken if pip can find one (a local wheel, a mirror, an index in
+PIP_EXTRA_INDEX_URL), else pip's default build. Where there is a GPU: the default build, which carries CUDA.
 A stamp keeps the digest of what was installed, so a second run installs nothing.
 
     python scripts/install.py            # into .venv
@@ -32,10 +32,10 @@ def has_nvidia_gpu() -> bool:
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
-def pip(*words: str, check: bool = True, quiet: bool = True) -> bool:
+def pip(*words: str, check: bool = True) -> bool:
     """Run pip of the environment; True if it succeeded."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", *words]
-    done = subprocess.run([*command, *(["--quiet"] if quiet else [])], check=False, stderr=None if check else subprocess.DEVNULL)
+    done = subprocess.run([*command, "--quiet"], check=False, stderr=None if check else subprocess.DEVNULL)
     if check and done.returncode:
         sys.exit(f"install: pip failed on: {' '.join(words)}")
     return done.returncode == 0
@@ -60,7 +60,7 @@ def install_torch() -> None:
 def main() -> None:
     """Create or refresh the environment."""
     if sys.version_info < (3, 11):  # noqa: UP036  (this script is what tells the user)
-        sys.exit(f"install: pacenote needs Python 3.11 or newer, this is {sys.version.split()[0]}; set PYTHON=python3.11")
+        sys.exit(f"install: pacenote needs Python 3.11 or newer, this is {sys.version.split()[0]}; set PYTHON=...")
     stamp, wanted = VENV / ".pacenote", digest()
     if stamp.exists() and stamp.read_text() == wanted:
         return

@@ -1,0 +1,19 @@
+"""Fixtures that every floor's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny GLM-4.7-Flash-shaped model with its tokenizer."""
+    from pacenote.trainer.model import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("tiny"), seed=0)

@@ -1,0 +1,67 @@
+"""Which trajectories share an optimizer step and a microbatch, and their packed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pacenote.kernels.pack import PackedBatch, pack
+from pacenote.rollout.trajectory import Trajectory
+from pacenote.trainer.hf import OptimConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A trajectory and the advantage of its episode."""
+
+    trajectory: Trajectory
+    advantage: float
+
+
+def split_steps(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
+    """Shuffle `count` samples into `parts` optimizer steps of nearly equal size; empty ones are left out."""
+    order = np.random.default_rng(seed).permutation(count)
+    return [part for part in np.array_split(order, parts) if len(part)]
+
+
+def split_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Fill microbatches of at most `budget` positions, longest first, each into the first that has room.
+
+    A sample longer than the budget gets a microbatch of its own: nothing is dropped here.
+
+    Returns:
+        Lists of indices into `lengths`; every index stands in exactly one.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((b for b, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            bins.append([])
+            room.append(budget)
+            place = len(bins) - 1
+        bins[place].append(index)
+        room[place] -= lengths[index]
+    return bins
+
+
+def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) -> list[PackedBatch]:
+    """Pack one optimizer step's samples into microbatches of about `config.microbatch_tokens` positions.
+
+    Batches in which nothing is trainable are left out.
+    """
+    batches = []
+    for picked in split_tokens([len(sample.trajectory.tokens) - 1 for sample in samples], config.microbatch_tokens):
+        chosen = [samples[i] for i in picked]
+        batch = pack(
+            [sample.trajectory for sample in chosen],
+            advantages=[sample.advantage for sample in chosen],
+            max_len=config.max_len,
+            device=device,
+        )
+        if batch.num_samples:
+            batches.append(batch)
+    return batches

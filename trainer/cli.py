@@ -1,0 +1,100 @@
+"""The `pacenote` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+USAGE = """\
+usage: pacenote <command> ...
+
+  train RECIPE [flags]    run a recipe; `pacenote train tiny --help` lists every flag with its default
+  train --resume RUN_DIR  go on with an interrupted run
+  report RUN_DIR          write RUN_DIR/report.html again
+  serve [flags]           the session server: OpenAI chat in, exact tokens, logprobs and routes kept
+  --version               print the version
+
+recipes: tiny
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status. Errors that a person can act on are one sentence, without a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    if command in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        from pacenote import __version__
+
+        print(__version__)
+        return 0
+    commands = {"train": _train, "report": _report, "serve": _serve}
+    if command not in commands:
+        return _fail(f"unknown command {command!r}; the commands are: {', '.join(commands)}", 2)
+    return commands[command](rest)
+
+
+def _train(words: list[str]) -> int:
+    import tyro
+    from transformers.utils import logging
+
+    from pacenote.trainer import loop, recipes
+    from pacenote.trainer.config import RunConfig
+    from pacenote.trainer.errors import TrainerError
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if words and words[0] == "--resume":
+            if len(words) != 2:
+                raise ValueError("--resume expects one run folder and no other flag: the run's config.json is used")
+            run = loop.resume(Path(words[1]))
+        else:
+            if not words or words[0].startswith("-"):
+                raise ValueError(f"train expects a recipe first; the recipes are: {', '.join(sorted(recipes.RECIPES))}")
+            default = recipes.find(words[0])
+            config = tyro.cli(
+                RunConfig, default=default, args=words[1:], prog=f"pacenote train {words[0]}",
+                description=recipes.RECIPES[words[0]].__doc__, config=(tyro.conf.FlagConversionOff,),
+            )  # fmt: skip
+            run = loop.train(config)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except TrainerError as error:
+        return _fail(" ".join([f"{error}.", *getattr(error, "__notes__", [])]), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; the newest whole checkpoint stands", 130)
+    print(f"done: open {_short(run.report)}")
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    from pacenote.trainer.report import write_report
+
+    if len(words) != 1 or words[0].startswith("-"):
+        return _fail("report expects one run folder: pacenote report RUN_DIR", 2)
+    try:
+        path = write_report(Path(words[0]))
+    except ValueError as error:
+        return _fail(str(error), 2)
+    print(f"open {_short(path)}")
+    return 0
+
+
+def _serve(words: list[str]) -> int:
+    from pacenote.rollout.server import serve_command
+
+    return serve_command(words)
+
+
+def _fail(text: str, status: int) -> int:
+    print(f"pacenote: {text}", file=sys.stderr)
+    return status
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,192 @@
+"""Play a step's episodes against the session server and bring their trajectories home."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from pacenote.rollout.samples import decode_samples
+from pacenote.rollout.trajectory import Trajectory
+from pacenote.trainer.errors import EngineDied, StaleWeights
+from pacenote.trainer.tasks import Chat, Environment, Message, Reward, Task, score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """How answers are sampled."""
+
+    upstream: str | None = None
+    """SGLang-compatible engine or gateway to use; none starts the embedded engine on this machine."""
+    prompts: int = 16
+    """Prompts a step."""
+    group: int = 8
+    """Answers a prompt; the group's mean reward is each answer's baseline."""
+    max_tokens: int = 4
+    """Longest answer of one turn, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer's logprobs use the same."""
+    concurrency: int = 128
+    """Episodes in flight at once."""
+    request_timeout: float = 120.0
+    """Seconds an answer may take."""
+    restarts: int = 3
+    """How often a dead engine is started again before the run stops."""
+    engine_dtype: str = "bfloat16"
+    """Number format of the embedded engine."""
+    engine_port: int = 0
+    """Port of the embedded engine; 0 picks a free one."""
+    session_port: int = 0
+    """Port of the session server; 0 picks a free one."""
+    engine_threads: int = 2
+    """CPU threads of the embedded engine."""
+    append_roles: tuple[str, ...] = ("tool", "user")
+    """Roles an environment may append to a conversation."""
+    enable_thinking: bool = False
+    """Whether the chat template opens a thinking block before each answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One conversation: its task, what was said, what it earned (None: nothing countable), the exact record."""
+
+    task: Task
+    messages: list[Message]
+    reward: float | None
+    trajectories: list[Trajectory]
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Watch:
+    """Conditions under which waiting for answers makes no sense any more; checked a few times a second."""
+
+    checks: list[Callable[[], None]] = field(default_factory=list)
+    period: float = 0.2
+
+    async def run(self) -> None:
+        """Raise whatever a check raises."""
+        while True:
+            for check in self.checks:
+                check()
+            await asyncio.sleep(self.period)
+
+
+def collect(
+    tasks: list[Task],
+    environment: Environment,
+    reward: Reward,
+    *,
+    sessions: str,
+    config: RolloutConfig,
+    seed: int,
+    watch: Watch,
+) -> list[Episode]:
+    """Play each task `config.group` times; episodes stand in task order, a group's side by side.
+
+    Args:
+        sessions: URL of the session server.
+        seed: seed of the sampler; each request draws its own from it.
+        watch: what ends the waiting early, by raising.
+
+    Raises:
+        EngineDied: every episode failed, with the first reason.
+    """
+    return asyncio.run(_collect(tasks, environment, reward, sessions, config, seed, watch))
+
+
+async def _collect(
+    tasks: list[Task],
+    environment: Environment,
+    reward: Reward,
+    sessions: str,
+    config: RolloutConfig,
+    seed: int,
+    watch: Watch,
+) -> list[Episode]:
+    gate = asyncio.Semaphore(config.concurrency)
+    limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
+    async with httpx.AsyncClient(timeout=config.request_timeout, limits=limits, trust_env=False) as client:
+
+        async def one(task: Task, number: int) -> Episode:
+            async with gate:
+                return await _episode(client, sessions, task, environment, reward, config, seed * 1_000_003 + number)
+
+        watcher = asyncio.create_task(watch.run())
+        players = [asyncio.create_task(one(task, i)) for i, task in enumerate(_repeated(tasks, config.group))]
+        everyone = asyncio.gather(*players)
+        try:
+            await asyncio.wait({watcher, everyone}, return_when=asyncio.FIRST_COMPLETED)
+            if watcher.done():
+                watcher.result()
+            episodes = list(await everyone)
+        finally:
+            for task_ in (watcher, *players):
+                task_.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await asyncio.gather(watcher, everyone, return_exceptions=True)
+    failed = [episode.error for episode in episodes if episode.error]
+    if len(failed) == len(episodes):
+        raise EngineDied(f"no episode of {len(episodes)} came back; the first failure was: {failed[0]}")
+    return episodes
+
+
+def _repeated(tasks: list[Task], times: int) -> Iterator[Task]:
+    for task in tasks:
+        for _ in range(times):
+            yield task
+
+
+async def _episode(
+    client: httpx.AsyncClient,
+    sessions: str,
+    task: Task,
+    environment: Environment,
+    reward: Reward,
+    config: RolloutConfig,
+    seed: int,
+) -> Episode:
+    """Open a session, play, score, fetch the samples, close; transport failures become an Episode's error."""
+    defaults: dict[str, Any] = {
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "seed": seed % (1 << 31),
+        "chat_template_kwargs": {"enable_thinking": config.enable_thinking},
+    }
+    url = None
+    try:
+        opened = await client.post(f"{sessions}/sessions")
+        opened.raise_for_status()
+        url = f"{sessions}/sessions/{opened.json()['session_id']}"
+        messages = await environment(Chat(client, f"{url}/v1", defaults), task)
+        worth = await score(reward, messages, task.label)
+        reply = await client.post(f"{url}/samples")
+        reply.raise_for_status()
+        return Episode(task, messages, worth, decode_samples(reply.content))
+    except httpx.HTTPError as error:
+        return Episode(task, task.messages, None, [], f"{type(error).__name__}: {error}")
+    finally:
+        if url is not None:
+            with contextlib.suppress(httpx.HTTPError):
+                await client.delete(url)
+
+
+def check_versions(episodes: list[Episode], expected: int) -> None:
+    """Prove that every trained token was sampled with the weights of version `expected`.
+
+    Raises:
+        StaleWeights: with the versions that came instead.
+    """
+    seen: set[int] = set()
+    for episode in episodes:
+        for trajectory in episode.trajectories:
+            seen.update(trajectory.version[trajectory.loss_mask.astype(bool)].tolist())
+    if seen - {expected}:
+        raise StaleWeights(
+            f"expected every answer from weight version {expected}, got versions {sorted(seen)}: "
+            "an engine did not take the last update, or several engines serve different weights"
+        )

@@ -1,0 +1,110 @@
+"""What a run is made of: one frozen value, read from recipe and command line, written into the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pacenote.kernels.policy import PolicyConfig
+from pacenote.trainer.checkpoint import CheckpointConfig
+from pacenote.trainer.collect import RolloutConfig
+from pacenote.trainer.hf import OptimConfig
+from pacenote.trainer.model import TinyShape
+from pacenote.trainer.step import ReplayMode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    recipe: str
+    """Name of the recipe that gave the defaults."""
+    model: Path | None = None
+    """Model directory to start from (config.json, weights, tokenizer); none: the recipe's random initialisation."""
+    steps: int = 60
+    """Training steps."""
+    seed: int = 0
+    """Seed of the initial weights, the tasks, the sampler and the shuffling."""
+    replay: ReplayMode = "rollout"
+    """Whose experts the update uses: rollout (the engine's), trainer (its own, from the old-logprob pass), off."""
+    data: Path | None = None
+    """JSON lines with OpenAI messages and label, instead of the recipe's task."""
+    task: str = "pacenote.trainer.letters"
+    """Module with make_tasks, play (the environment) and reward; with --data the file's rows are the tasks."""
+    environment: str | None = None
+    """Import path of the environment, module:function; none: the task's, or a single turn with --data."""
+    reward: str | None = None
+    """Import path of the reward, called with (messages, label); none: the task's, or `contains_label` with --data."""
+    out: Path | None = None
+    """Run folder; none: runs/<recipe>-<time>."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the trainer runs."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    samples_every: int = 5
+    """Steps between readable samples in the run folder."""
+    tiny: TinyShape = field(default_factory=TinyShape)
+    """Shape of the randomly initialised model."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: PolicyConfig = field(default_factory=PolicyConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse values that could only fail later."""
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("rollout.prompts", self.rollout.prompts, 1),
+            ("rollout.group", self.rollout.group, 1),
+            ("rollout.max-tokens", self.rollout.max_tokens, 1),
+            ("rollout.concurrency", self.rollout.concurrency, 1),
+            ("optim.minibatches", self.optim.minibatches, 1),
+            ("optim.microbatch-tokens", self.optim.microbatch_tokens, 1),
+            ("checkpoint.every", self.checkpoint.every, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("samples-every", self.samples_every, 1),
+        ):
+            if value < least:
+                raise ValueError(f"--{name} expects at least {least}, got {value}")
+        if self.rollout.temperature <= 0:
+            raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
+        if self.optim.lr <= 0 or self.optim.grad_clip <= 0:
+            raise ValueError("--optim.lr and --optim.grad-clip expect numbers above 0")
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def parse(text: str) -> RunConfig:
+    """The configuration back from `dump`'s text.
+
+    Raises:
+        ValueError: not such a text, or a field of another version of pacenote.
+    """
+    try:
+        return _build(RunConfig, json.loads(text))
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"expected a run's config.json, got something else ({error})") from error
+
+
+def _build(kind: type[T], values: dict[str, Any]) -> T:
+    hints = get_type_hints(kind)
+    return kind(**{name: _convert(hints[name], value) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value)  # type: ignore[arg-type]
+    options = get_args(hint)
+    if value is not None and (hint is Path or Path in options):
+        return Path(value)
+    if isinstance(value, list) and (get_origin(hint) is tuple or any(get_origin(o) is tuple for o in options)):
+        return tuple(value)
+    return value

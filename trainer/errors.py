@@ -1,0 +1,34 @@
+"""What can go wrong in a run, one class a cause; each message is one sentence that a person can act on.
+
+- TrainerError
+    - EngineDied: the rollout engine's process ended or stopped answering.
+    - StaleWeights: an answer was sampled with other weights than the trainer's last push.
+    - NotFinite: a loss or gradient is NaN or infinite.
+    - Interrupted: a person asked the run to stop.
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Base of the tree; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class EngineDied(TrainerError):
+    """The rollout engine's process ended or stopped answering."""
+
+
+class StaleWeights(TrainerError):
+    """An answer was sampled with other weights than the trainer's last push."""
+
+
+class NotFinite(TrainerError):
+    """A loss or gradient is NaN or infinite; the weights of the last good step are kept."""
+
+
+class Interrupted(TrainerError):
+    """A person asked the run to stop; its state is saved."""
+
+    exit_code = 130

@@ -1,0 +1,143 @@
+"""The servers that a run talks to: an engine (embedded here, or somebody's) and the session server in front of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from pacenote.rollout.launch import Service, engine_command, free_port, sessions_command
+from pacenote.trainer import sync
+from pacenote.trainer.collect import RolloutConfig
+from pacenote.trainer.errors import EngineDied, TrainerError
+
+START_TIMEOUT = 180.0  # seconds; a cold import of torch and transformers on a busy machine takes tens of them
+GRACE = 2.0  # seconds between an answer that failed and the process that is seen dead
+
+
+class Fleet:
+    """Starts the servers, gives the engine its weights, restarts it when it dies, stops what it started."""
+
+    def __init__(self, config: RolloutConfig, *, weights: Path, logs: Path, seed: int) -> None:
+        """Remember what to start; nothing runs before `start`."""
+        self.config, self.weights, self.logs, self.seed = config, weights, logs, seed
+        self.serving: int | None = None
+        self.restarts = 0
+        self._engine: Service | None = None
+        self._sessions: Service | None = None
+
+    def start(self, version: int) -> None:
+        """Start the engine with the weights of `version` and the session server; returns when both answer.
+
+        Raises:
+            TrainerError: a server did not come up; the last lines of its log are in the message.
+        """
+        model = sync.weights_path(self.weights, version)
+        if self.config.upstream is None:
+            self._engine = self._start_engine(model, version, self.config.engine_port or free_port())
+            self.serving = version
+        port = self.config.session_port or free_port()
+        command = sessions_command(
+            model=model, upstream=self.engine_url, port=port, append_roles=self.config.append_roles
+        )
+        self._sessions = _start("session server", command, port, self.logs / "sessions.log")
+        if self._engine is not None:
+            _wait(self._engine, "engine")
+        _wait(self._sessions, "session server")
+
+    @property
+    def engine_url(self) -> str:
+        """Where weights go."""
+        if self._engine is not None:
+            return self._engine.url
+        assert self.config.upstream is not None, "start() comes first"
+        return self.config.upstream.rstrip("/")
+
+    @property
+    def sessions_url(self) -> str:
+        """Where agents go."""
+        assert self._sessions is not None, "start() comes first"
+        return self._sessions.url
+
+    def serve(self, path: Path, version: int) -> None:
+        """Make the engine serve the weights of `version` from the model directory `path`, if it does not yet.
+
+        Raises:
+            EngineDied: it did not answer.
+            StaleWeights: it refused them.
+        """
+        if self.serving != version:
+            sync.push(self.engine_url, path, version)
+            self.serving = version
+
+    def check(self) -> None:
+        """Raise if a server of ours is no longer running.
+
+        Raises:
+            EngineDied: the engine's process ended.
+            TrainerError: the session server's process ended.
+        """
+        if self._engine is not None and not self._engine.alive:
+            raise EngineDied(f"the engine's process ended; its last words are in {self._engine.log}")
+        if self._sessions is not None and not self._sessions.alive:
+            raise TrainerError(f"the session server's process ended; its last words are in {self._sessions.log}")
+
+    def revive(self, path: Path, version: int, cause: EngineDied) -> None:
+        """Start the engine again, on its old port, with the weights of `version`.
+
+        Raises:
+            EngineDied: `cause`, if the engine is not ours to restart, still runs, or died too often.
+        """
+        if self._engine is None:
+            raise cause
+        deadline = time.monotonic() + GRACE
+        while self._engine.alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self._engine.alive:
+            raise cause
+        if self.restarts >= self.config.restarts:
+            raise EngineDied(f"{cause}; it was started again {self.restarts} times, which is the limit") from cause
+        self.restarts += 1
+        port = int(self._engine.url.rsplit(":", 1)[1])
+        self._engine.stop()
+        self._engine = self._start_engine(path, version, port)
+        _wait(self._engine, "engine")
+        self.serving = version
+
+    def __enter__(self) -> Fleet:
+        """The fleet itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the servers."""
+        for service in (self._sessions, self._engine):
+            if service is not None:
+                service.stop()
+
+    def _start_engine(self, model: Path, version: int, port: int) -> Service:
+        command = engine_command(
+            model_path=model,
+            port=port,
+            dtype=self.config.engine_dtype,
+            weight_version=str(version),
+            threads=self.config.engine_threads,
+            seed=self.seed,
+            max_running_requests=min(self.config.concurrency, 128),
+        )
+        return _start("engine", command, port, self.logs / "engine.log")
+
+
+def _start(what: str, command: list[str], port: int, log: Path) -> Service:
+    try:
+        return Service(command, url=f"http://127.0.0.1:{port}", log=log).start()
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"the {what} could not be started: {error}") from error
+
+
+def _wait(service: Service, what: str) -> None:
+    try:
+        service.wait_healthy(START_TIMEOUT)
+    except Exception as error:
+        raise TrainerError(f"the {what} did not come up: {error}") from error

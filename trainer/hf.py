@@ -1,0 +1,130 @@
+"""The transformers back end: one model, one optimizer, routes replayed by hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pacenote.kernels.logprob import linear_logprob
+from pacenote.kernels.pack import PackedBatch, Routes
+from pacenote.replay.audit import Audit
+from pacenote.replay.hf import attach
+from pacenote.trainer import model as models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and how a step's samples reach it."""
+
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 5
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest norm of a gradient; a larger one is scaled down."""
+    minibatches: int = 4
+    """Optimizer steps a training step: each takes an equal share of the samples, shuffled."""
+    microbatch_tokens: int = 768
+    """Positions that go through the model at once."""
+    max_len: int | None = None
+    """Longest sample in tokens; the tail of a longer one is cut."""
+
+
+RoutesFrom = Literal["native", "rollout"]
+
+
+class HfBackend:
+    """A causal language model in training. State: weights, optimizer moments, and the hooks of the replay."""
+
+    def __init__(self, directory: Path, config: OptimConfig, *, device: str, temperature: float) -> None:
+        """Load the model directory, attach the replay, make the optimizer.
+
+        Raises:
+            ValueError: the directory is not a saved mixture-of-experts model whose routers can be replayed.
+        """
+        self.config, self.device, self.temperature = config, device, temperature
+        self.tokenizer_from = directory
+        self.model = models.load(directory, device=device).train()
+        self.replay = attach(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.replay.detach()
+
+    def logprobs(self, batch: PackedBatch, routes: Routes | None) -> tuple[Tensor, Tensor]:
+        """Logprob and entropy [T] float32 of each target; gradients flow if autograd is on.
+
+        Must run inside `self.routed(routes)`, which a backward pass must not outlive.
+        """
+        hidden = self.model.base_model(**batch.inputs).last_hidden_state
+        head = self.model.get_output_embeddings()
+        return linear_logprob(
+            hidden, head.weight, batch.targets, temperature=self.temperature, bias=head.bias, mask=batch.loss_mask
+        )
+
+    @contextlib.contextmanager
+    def routed(self, routes: Routes | None) -> Iterator[None]:
+        """Replay `routes` in every router for forward and backward; None leaves the routers to themselves."""
+        if routes is None:
+            yield
+            return
+        with self.replay.rows(routes):
+            yield
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch, routes: Routes | None) -> Tensor:
+        """Logprob [T] float32 of each target with the routes given, or the model's own."""
+        with self.routed(routes):
+            return self.logprobs(batch, routes)[0]
+
+    @torch.no_grad()
+    def score_native(self, batch: PackedBatch) -> tuple[Tensor, Routes]:
+        """Logprob [T] float32 under the model's own routing, and that routing."""
+        with self.replay.record() as record:
+            logprob = self.logprobs(batch, None)[0]
+        rows = record.rows().reshape(batch.num_tokens, len(self.replay.layers), -1)
+        return logprob, Routes(rows=rows, state=torch.ones_like(batch.tokens, dtype=torch.uint8), num_experts=None)
+
+    def set_lr(self, step: int) -> float:
+        """Learning rate of a training step, after linear warm-up; set on the optimizer and returned."""
+        lr = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def apply_gradients(self) -> float:
+        """Clip, step, clear. Returns the norm before clipping; where it is not finite, nothing is stepped."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+        if norm == norm and norm not in (float("inf"), float("-inf")):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save_weights(self, out: Path) -> None:
+        """Write a model directory that an engine can load."""
+        models.save(self.model, out, tokenizer_from=self.tokenizer_from)
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer state, for a checkpoint beside the weights."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def audit(self) -> Audit:
+        """Counts by layer since the last call; waits for the device."""
+        return self.replay.audit(reset=True)

@@ -1,0 +1,164 @@
+"""The main path: rollout -> routes -> replay -> step -> new weights. Read this file first.
+
+Weights of version v are those after v training steps. Step v serves version v, rolls out, and makes version v + 1.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pacenote.trainer import checkpoint, metrics, sync
+from pacenote.trainer.advantage import group_advantages
+from pacenote.trainer.batch import Sample, microbatches, split_steps
+from pacenote.trainer.collect import Episode, Watch, check_versions, collect
+from pacenote.trainer.config import RunConfig
+from pacenote.trainer.display import Display
+from pacenote.trainer.errors import EngineDied, NotFinite, TrainerError
+from pacenote.trainer.fleet import Fleet
+from pacenote.trainer.game import Game
+from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.interrupt import Interrupt
+from pacenote.trainer.model import build_tiny
+from pacenote.trainer.report import write_report
+from pacenote.trainer.rundir import RunDir
+from pacenote.trainer.step import prepare, update
+
+
+def train(config: RunConfig) -> RunDir:
+    """Run from the start.
+
+    Raises:
+        ValueError: the configuration cannot work; nothing was started.
+        TrainerError: the run stopped early; the message says how to go on.
+    """
+    game = Game.load(config)
+    device = pick_device(config)
+    run = RunDir.create(config)
+    model = config.model or build_tiny(run.root / "model", seed=config.seed, shape=config.tiny)
+    return _run(config, run, game, HfBackend(model, config.optim, device, config.rollout.temperature), first=0)
+
+
+def resume(root: Path) -> RunDir:
+    """Go on with an interrupted run, from its newest checkpoint.
+
+    Raises:
+        ValueError: the folder holds no run, or no checkpoint.
+        TrainerError: the run stopped early; the message says how to go on.
+    """
+    run, config = RunDir.open(root)
+    game = Game.load(config)
+    step, path = checkpoint.latest(run.checkpoints)
+    backend = HfBackend(path / "model", config.optim, pick_device(config), config.rollout.temperature)
+    checkpoint.restore(path, backend)
+    return _run(config, run, game, backend, first=step)
+
+
+def pick_device(config: RunConfig) -> str:
+    """The trainer's device.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+
+
+def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
+    version = first
+    run.write_environment(device=backend.device, moe_layers=backend.replay.layers)
+    backend.save_weights(sync.weights_path(run.weights, first))
+    with ExitStack() as stack:
+        stack.callback(backend.close)
+        stop = stack.enter_context(Interrupt())
+        fleet = stack.enter_context(Fleet(config.rollout, weights=run.weights, logs=run.logs, seed=config.seed))
+        log = stack.enter_context(metrics.MetricsLog(run.metrics, first_step=first))
+        display = stack.enter_context(Display(config, run))
+        try:
+            fleet.start(first)
+            while version < config.steps:
+                row = one_step(config, run, game, backend, fleet, stop, version)
+                version += 1
+                log.append(row)
+                display.show(row)
+                if version % config.checkpoint.every == 0 or version == config.steps:
+                    checkpoint.save(run.checkpoints, backend, step=version, keep=config.checkpoint.keep)
+        except TrainerError as error:
+            if not isinstance(error, NotFinite):  # which may come between two optimizer steps of one training step
+                checkpoint.save(run.checkpoints, backend, step=version, keep=config.checkpoint.keep)
+            error.add_note(f"Go on with: pacenote train --resume {run.root}")
+            raise
+        finally:
+            write_report(run.root)
+    return run
+
+
+def one_step(
+    config: RunConfig, run: RunDir, game: Game, backend: HfBackend, fleet: Fleet, stop: Interrupt, version: int
+) -> dict[str, Any]:
+    """Serve the weights of `version`, roll out, train on the answers; returns the step's row of metrics."""
+    times = [time.perf_counter()]
+    episodes = rollout(config, run, game, backend, fleet, stop, version)
+    times.append(time.perf_counter())
+
+    earned = group_advantages([e.reward for e in episodes], config.rollout.group, normalize=config.normalize_std)
+    samples = [
+        Sample(trajectory, advantage)
+        for episode, advantage in zip(episodes, earned.values.tolist(), strict=True)
+        if advantage == advantage  # NaN marks an episode without a countable reward
+        for trajectory in episode.trajectories
+    ]
+    steps = [
+        microbatches([samples[i] for i in part], config.optim, backend.device)
+        for part in split_steps(len(samples), config.optim.minibatches, seed=config.seed * 1_000_003 + version)
+    ]
+    prepared, gap = prepare(backend, steps, config.replay)
+    times.append(time.perf_counter())
+
+    backend.audit()  # the counters so far are of the measurements
+    lr = backend.set_lr(version)
+    learnt = update(backend, prepared, config.loss, step=version)
+    times.append(time.perf_counter())
+    if version % config.samples_every == 0 or version == config.steps - 1:
+        run.write_samples(version, episodes)
+    return metrics.row(version, episodes, earned, gap, backend.audit(), {**learnt, "lr": lr}, times)
+
+
+def rollout(
+    config: RunConfig, run: RunDir, game: Game, backend: HfBackend, fleet: Fleet, stop: Interrupt, version: int
+) -> list[Episode]:
+    """Episodes sampled with exactly the weights of `version`; a dead engine is revived with them and the step replayed.
+
+    Raises:
+        EngineDied: it cannot be revived.
+        Interrupted: a person asked to stop; nothing was trained on.
+    """
+    tasks = game.tasks(seed=config.seed, step=version, count=config.rollout.prompts)
+    watch = Watch([stop.check, fleet.check])
+    path = sync.weights_path(run.weights, version)
+    if not path.exists():
+        backend.save_weights(path)
+        sync.prune(run.weights, version)
+    while True:
+        try:
+            stop.check()
+            fleet.serve(path, version)
+            episodes = collect(
+                tasks,
+                game.environment,
+                game.reward,
+                sessions=fleet.sessions_url,
+                config=config.rollout,
+                seed=config.seed * 1_000_003 + version,
+                watch=watch,
+            )
+            break
+        except EngineDied as error:
+            fleet.revive(path, version, error)
+    check_versions(episodes, version)
+    return episodes

@@ -1,0 +1,115 @@
+"""The models that recipes start from: a directory with config, weights and tokenizer, as `from_pretrained` reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
+
+TOKENIZER = Path(__file__).resolve().parent / "assets" / "tiny_tokenizer"
+STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # GLM-4.7's generation_config.json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyShape:
+    """Shape of a GLM-4.7-Flash in miniature; names and meanings as in `Glm4MoeLiteConfig`.
+
+    The first layer is dense and the others are sparse. `initializer_range` is far above the usual 0.02: it keeps the
+    router's scores apart, so that a random init routes as decidedly as a trained model does.
+    """
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    moe_intermediate_size: int = 32
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1
+    q_lora_rank: int = 32
+    kv_lora_rank: int = 16
+    qk_rope_head_dim: int = 8
+    qk_nope_head_dim: int = 16
+    v_head_dim: int = 16
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.2
+
+
+def build_tiny(out: Path, *, seed: int, shape: TinyShape | None = None) -> Path:
+    """Write a randomly initialised `Glm4MoeLiteForCausalLM` with the tiny GLM-4.7-format tokenizer.
+
+    Args:
+        out: directory to create: config.json, generation_config.json, model.safetensors and the tokenizer files.
+        seed: seed of the initial weights; the caller's generator is left as it was.
+        shape: the model's shape.
+
+    Returns:
+        `out`. Weights are float32; the routers' score-correction bias [E] is drawn too, so that selection and weight
+        really use different scores, as in a trained model.
+    """
+    shape = shape or TinyShape()
+    tokens = _token_ids()
+    fields: dict[str, Any] = {name: getattr(shape, name) for name in TinyShape.__slots__}
+    config = Glm4MoeLiteConfig(
+        vocab_size=len(tokens),
+        num_key_value_heads=shape.num_attention_heads,
+        pad_token_id=tokens["<|endoftext|>"],
+        bos_token_id=None,
+        eos_token_id=[tokens[name] for name in STOP_TOKENS],
+        first_k_dense_replace=1,  # SGLang reads this where transformers reads mlp_layer_types
+        **fields,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Glm4MoeLiteForCausalLM(config)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.02)
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.generation_config.pad_token_id = config.pad_token_id
+    out.mkdir(parents=True, exist_ok=True)
+    save(model, out)
+    return out
+
+
+def save(model: torch.nn.Module, out: Path, *, tokenizer_from: Path = TOKENIZER) -> None:
+    """Write weights, config and tokenizer files to the directory `out` (overwriting), ready for an engine to load."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)  # type: ignore[operator]
+    for file in tokenizer_files(tokenizer_from):
+        shutil.copyfile(file, out / file.name)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer's own files in a model directory."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
+             "merges.txt", "added_tokens.json", "tokenizer.model")  # fmt: skip
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
+def load(directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Load a causal language model for training; eager experts, which are the fastest for small shapes on a CPU.
+
+    Raises:
+        ValueError: the directory is not a saved model.
+    """
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"expected a model directory with config.json, got {directory}: give the path of a saved model"
+        )
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    if device == "cpu":
+        model.set_experts_implementation("eager")
+    return model.to(device)
+
+
+def _token_ids() -> dict[str, int]:
+    table = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = dict(table["model"]["vocab"])
+    ids.update({entry["content"]: entry["id"] for entry in table["added_tokens"]})
+    return ids

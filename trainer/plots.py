@@ -1,0 +1,111 @@
+"""The report's plots, as SVG text; matplotlib draws them without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+BLUE, ORANGE, GREY = "#2563a8", "#d9642c", "#8a8f98"
+Rows = list[dict[str, Any]]
+
+
+def _draw(title: str, paint: Any) -> str:
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    axes = figure.subplots()
+    paint(axes)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text[text.index("<svg") :], count=1)
+
+
+def _series(rows: Rows, name: str) -> list[float]:
+    return [math.nan if row.get(name) is None else float(row[name]) for row in rows]
+
+
+def _line(axes: Axes, rows: Rows, name: str, label: str | None, color: str) -> None:
+    axes.plot([row["step"] for row in rows], _series(rows, name), label=label, color=color, linewidth=1.6)
+
+
+def reward(rows: Rows) -> str:
+    """Mean reward with one standard deviation over the step's episodes."""
+
+    def paint(axes: Axes) -> None:
+        steps, mean, std = [r["step"] for r in rows], _series(rows, "reward"), _series(rows, "reward_std")
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± one standard deviation")
+        _line(axes, rows, "reward", "mean", BLUE)
+
+    return _draw("Reward", paint)
+
+
+def _pair(rows: Rows, trained: str, native: str, title: str) -> str:
+    def paint(axes: Axes) -> None:
+        _line(axes, rows, native, "trainer's own routing", ORANGE)
+        _line(axes, rows, trained, "as trained", BLUE)
+        if any(value > 0 for value in _series(rows, native)):
+            axes.set_yscale("log")
+
+    return _draw(title, paint)
+
+
+def delta_logp(rows: Rows) -> str:
+    """Mean |Δlogp| between engine and trainer, as trained and with the trainer's own routing."""
+    return _pair(rows, "abs_delta_logp", "abs_delta_logp_native", "Mismatch: mean |Δlogp|, engine against trainer")
+
+
+def k3(rows: Rows) -> str:
+    """k3 KL, as trained and with the trainer's own routing."""
+    return _pair(rows, "k3_kl", "k3_kl_native", "Mismatch: k3 KL, engine against trainer")
+
+
+def flips(rows: Rows, layers: list[int]) -> str:
+    """Share of tokens routed differently, a line a layer."""
+
+    def paint(axes: Axes) -> None:
+        have = [row for row in rows if row.get("flipped_by_layer")]
+        for place, layer in enumerate(layers):
+            shade = 0.25 + 0.75 * (place + 1) / max(1, len(layers))
+            values = [row["flipped_by_layer"][place] for row in have]
+            axes.plot([r["step"] for r in have], values, color=BLUE, alpha=shade, linewidth=1.4, label=f"layer {layer}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(bottom=0)
+
+    return _draw("Tokens routed differently, by layer", paint)
+
+
+def lengths(rows: Rows) -> str:
+    """Trained tokens an episode."""
+
+    def paint(axes: Axes) -> None:
+        _line(axes, rows, "length_max", "longest", GREY)
+        _line(axes, rows, "length_mean", "mean", BLUE)
+        axes.set_ylim(bottom=0)
+
+    return _draw("Generated tokens an episode", paint)
+
+
+def seconds(rows: Rows) -> str:
+    """Where a step's time goes."""
+
+    def paint(axes: Axes) -> None:
+        steps = [row["step"] for row in rows]
+        parts = [_series(rows, name) for name in ("seconds_rollout", "seconds_measure", "seconds_update")]
+        axes.stackplot(steps, *parts, labels=["rollout", "measure", "update"], colors=[BLUE, GREY, ORANGE], alpha=0.8)
+
+    return _draw("Seconds a step", paint)

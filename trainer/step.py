@@ -1,0 +1,149 @@
+"""One training step: old logprobs, the mismatch measured, then the optimizer steps under replayed routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pacenote.kernels.pack import PackedBatch, Routes
+from pacenote.kernels.policy import PolicyConfig, policy_loss
+from pacenote.kernels.spec import REPLAY
+from pacenote.replay.audit import Flips, Mismatch, flips, mismatch
+from pacenote.trainer.errors import NotFinite
+from pacenote.trainer.hf import HfBackend
+
+ReplayMode = Literal["off", "rollout", "trainer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A microbatch ready for the optimizer: `routes` are what the update replays (None: the model's own)."""
+
+    batch: PackedBatch
+    routes: Routes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What engine and trainer disagree on, over the same tokens: as trained, and with the trainer's own routing."""
+
+    trained: Mismatch
+    native: Mismatch
+    flips: Flips | None
+    missing: int
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Arrays of the step's trainable tokens and of its routes, gathered over microbatches."""
+
+    trained: list[NDArray[np.float32]]
+    native: list[NDArray[np.float32]]
+    rollout: list[NDArray[np.float32]]
+    recorded: list[NDArray[np.int64]]
+    own: list[NDArray[np.int64]]
+    missing: int = 0
+
+
+def prepare(
+    backend: HfBackend, steps: Sequence[Sequence[PackedBatch]], mode: ReplayMode
+) -> tuple[list[list[Prepared]], Gap]:
+    """Compute old logprobs under the routing that the update will use; measure the mismatch with and without replay.
+
+    Args:
+        steps: packed microbatches, by optimizer step, with the rollout's logprobs and routes.
+        mode: "rollout" replays the engine's experts (R3 of arXiv 2510.11370), "trainer" replays the trainer's own
+            choice from this pass in the updates that follow (R2), "off" replays nothing.
+    """
+    seen = _Seen([], [], [], [], [])
+    prepared = [[_prepare(backend, batch, mode, seen) for batch in step] for step in steps]
+    rollout = _joined(seen.rollout)
+    every = np.ones(len(rollout), dtype=bool)
+    changed = None
+    if seen.recorded:
+        recorded, own = np.concatenate(seen.recorded), np.concatenate(seen.own)
+        changed = flips(recorded, own, np.ones(len(recorded), dtype=bool))
+    gap = Gap(
+        trained=mismatch(_joined(seen.trained), rollout, every),
+        native=mismatch(_joined(seen.native), rollout, every),
+        flips=changed,
+        missing=seen.missing,
+    )
+    return prepared, gap
+
+
+def _joined(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+def _prepare(backend: HfBackend, batch: PackedBatch, mode: ReplayMode, seen: _Seen) -> Prepared:
+    native, own = backend.score_native(batch)
+    if mode == "rollout":
+        routes, old = batch.routes, backend.score(batch, batch.routes)
+    else:
+        routes, old = (own if mode == "trainer" else None), native
+    _gather(seen, batch, old, native, own)
+    return Prepared(replace(batch, old_logprobs=old), routes)
+
+
+def _gather(seen: _Seen, batch: PackedBatch, old: Tensor, native: Tensor, own: Routes) -> None:
+    mask = batch.loss_mask
+    seen.trained.append(old[mask].cpu().numpy())
+    seen.native.append(native[mask].cpu().numpy())
+    seen.rollout.append(batch.logprobs[mask].cpu().numpy())
+    if batch.routes is None:
+        seen.missing += int((batch.segment_ids >= 0).sum())
+        return
+    replayed = batch.routes.state == REPLAY
+    seen.recorded.append(batch.routes.rows[replayed].long().cpu().numpy())
+    seen.own.append(own.rows[replayed].long().cpu().numpy())
+    seen.missing += int(((batch.segment_ids >= 0) & ~replayed).sum())
+
+
+def update(
+    backend: HfBackend, steps: Sequence[Sequence[Prepared]], config: PolicyConfig, *, step: int
+) -> dict[str, Any]:
+    """Take one optimizer step per entry of `steps`; gradients of its microbatches add up to the whole's.
+
+    Returns:
+        Metrics averaged over the optimizer steps, weighted by trainable tokens; `grad_norm` is the largest, unclipped.
+
+    Raises:
+        NotFinite: a loss or gradient is NaN or infinite; the optimizer step that would have used it was not taken.
+    """
+    totals: dict[str, float] = {}
+    weight, norms = 0.0, []
+    for prepared in steps:
+        denominator = sum(int(item.batch.loss_mask.sum()) for item in prepared)
+        if not denominator:
+            continue
+        for item in prepared:
+            with backend.routed(item.routes):
+                logprob, entropy = backend.logprobs(item.batch, item.routes)
+                out = policy_loss(logprob, item.batch, config, entropy=entropy, denominator=denominator)
+                _check_finite(float(out.loss.detach()), "loss", step, backend.optimizer.zero_grad)
+                out.backward()
+            tokens = float(item.batch.loss_mask.sum())
+            weight += tokens
+            for name, value in out.metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * tokens
+        norm = backend.apply_gradients()
+        _check_finite(norm, "gradient norm", step, backend.optimizer.zero_grad)
+        norms.append(norm)
+    means = {name: value / weight for name, value in totals.items()} if weight else {}
+    return {**means, "grad_norm": max(norms, default=0.0)}
+
+
+def _check_finite(value: float, what: str, step: int, cleanup: Callable[[], None]) -> None:
+    if not math.isfinite(value):
+        cleanup()
+        raise NotFinite(
+            f"the {what} is {value} at step {step}: the weights of the last good optimizer step are kept; "
+            "try a smaller --optim.lr or look at the step's samples"
+        )
