@@ -116,9 +116,12 @@ class Engine:
         self._post(lambda: self._enqueue(request))
         return request.future
 
-    def abort(self, rid: str | None = None) -> None:
-        """End the requests whose id starts with `rid`, or all of them (None); their answers so far are delivered."""
-        self._post(lambda: self._abort(rid))
+    def abort(self, rid: str | None = None, *, exact: bool = False) -> Future[None]:
+        """End the requests whose id starts with `rid` (SGLang's rule) or equals it (`exact`), or all of them (None).
+
+        Their answers so far are delivered with finish reason "abort".
+        """
+        return self._ask(lambda: self._abort(rid, exact=exact))
 
     def pause(self, mode: PauseMode) -> Future[None]:
         """Stop generating: "abort" ends all requests, "retract" sends the running ones back to the queue (their keys
@@ -155,7 +158,14 @@ class Engine:
 
     def _ask(self, action: Callable[[], Result]) -> Future[Result]:
         answer: Future[Result] = Future()
-        self._post(lambda: answer.set_result(action()))
+
+        def command() -> None:
+            try:
+                answer.set_result(action())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._post(command)
         return answer
 
     def _loop(self) -> None:
@@ -246,7 +256,7 @@ class Engine:
             limit = min(limit, params.max_new_tokens)
         if count >= limit:
             return {"type": "length", "length": count}
-        if not params.ignore_eos and request.output_ids[-1] in request.stop_ids and count > params.min_new_tokens:
+        if not params.ignore_eos and request.output_ids[-1] in request.stop_ids:
             return {"type": "stop", "matched": request.output_ids[-1]}
         if params.stop:
             # A stop text of n characters ends in the last 4 n + 4 tokens: a token holds at least a byte.
@@ -268,9 +278,9 @@ class Engine:
     def _enqueue(self, request: Request) -> None:
         (self._waiting if self._update is None else self._held).append(request)
 
-    def _abort(self, rid: str | None, message: str = "Aborted by a request.") -> None:
+    def _abort(self, rid: str | None, message: str = "Abort in response to a request.", *, exact: bool = False) -> None:
         def chosen(request: Request) -> bool:
-            return rid is None or request.rid.startswith(rid)
+            return rid is None or request.rid == rid or (not exact and request.rid.startswith(rid))
 
         for request in [request for request in self._running if chosen(request)]:
             self._leave(request)
@@ -286,6 +296,7 @@ class Engine:
         for request in requests:
             if not request.future.done():
                 request.future.set_exception(RequestError(message, 500))
+        self._apply_update_when_idle()
 
     def _pause(self, mode: PauseMode) -> None:
         self._paused = True
@@ -296,6 +307,10 @@ class Engine:
                 request.retractions += 1
             self._waiting.extendleft(reversed(self._running))
             self._running.clear()
+        if self._update is not None:  # it waited for requests that now stand still
+            update, self._update = self._update, None
+            self._apply(update)
+            self._release_held()
 
     def _resume(self) -> None:
         self._paused = False
@@ -328,7 +343,11 @@ class Engine:
             return
         update, self._update = self._update, None
         self._apply(update)
-        self._waiting, self._held = self._held, deque()
+        self._release_held()
+
+    def _release_held(self) -> None:
+        self._waiting.extend(self._held)
+        self._held.clear()
 
     def _apply(self, update: _Update) -> None:
         if self._running and update.flush:
