@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from pacenote.rollout.launch import Service, engine_command, free_port, sessions_command
+from pacenote.rollout.launch import Service, ServiceError, engine_command, free_port, sessions_command
 from pacenote.trainer import sync
 from pacenote.trainer.collect import RolloutConfig
 from pacenote.trainer.errors import EngineDied, TrainerError
@@ -37,13 +37,12 @@ class Fleet:
             self._engine = self._start_engine(model, version, self.config.engine_port or free_port())
             self.serving = version
         port = self.config.session_port or free_port()
-        command = sessions_command(
-            model=model, upstream=self.engine_url, port=port, append_roles=self.config.append_roles
-        )
-        self._sessions = _start("session server", command, port, self.logs / "sessions.log")
+        roles = ("--tito-allowed-append-roles", *self.config.append_roles)
+        command = sessions_command(model, upstream=self.engine_url, port=port, extra=roles)
+        self._sessions = _start("the session server", command, port, self.logs / "sessions.log")
         if self._engine is not None:
-            _wait(self._engine, "engine")
-        _wait(self._sessions, "session server")
+            _wait(self._engine)
+        _wait(self._sessions)
 
     @property
     def engine_url(self) -> str:
@@ -101,7 +100,7 @@ class Fleet:
         port = int(self._engine.url.rsplit(":", 1)[1])
         self._engine.stop()
         self._engine = self._start_engine(path, version, port)
-        _wait(self._engine, "engine")
+        _wait(self._engine)
         self.serving = version
 
     def __enter__(self) -> Fleet:
@@ -118,26 +117,33 @@ class Fleet:
 
     def _start_engine(self, model: Path, version: int, port: int) -> Service:
         command = engine_command(
-            model_path=model,
+            model,
             port=port,
             dtype=self.config.engine_dtype,
             weight_version=str(version),
             threads=self.config.engine_threads,
-            seed=self.seed,
+            random_seed=self.seed,
             max_running_requests=min(self.config.concurrency, 128),
         )
-        return _start("engine", command, port, self.logs / "engine.log")
+        return _start("the engine", command, port, self.logs / "engine.log")
 
 
-def _start(what: str, command: list[str], port: int, log: Path) -> Service:
+def _start(name: str, command: list[str], port: int, log: Path) -> Service:
+    service = Service(name, command, url=f"http://127.0.0.1:{port}", log=log)
     try:
-        return Service(command, url=f"http://127.0.0.1:{port}", log=log).start()
-    except (OSError, ValueError) as error:
-        raise TrainerError(f"the {what} could not be started: {error}") from error
+        service.start()
+    except ServiceError as error:
+        raise TrainerError(str(error)) from error
+    return service
 
 
-def _wait(service: Service, what: str) -> None:
+def _wait(service: Service) -> None:
     try:
         service.wait_healthy(START_TIMEOUT)
-    except Exception as error:
-        raise TrainerError(f"the {what} did not come up: {error}") from error
+    except ServiceError as error:
+        raise TrainerError(f"{service.name} did not come up; {_reason(error)} (log: {service.log})") from error
+
+
+def _reason(error: ServiceError) -> str:
+    """The last line of a service's last words: its own one-sentence reason, where it gave one."""
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,261 @@
+"""The whole road with real processes: rollout -> routes -> replay -> step -> new weights, and what goes wrong on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pacenote.trainer import metrics
+
+pytestmark = [pytest.mark.road, pytest.mark.timeout(600)]
+SMALL = ["--rollout.prompts", "8", "--rollout.group", "4"]
+REQUIRED = {"step", "reward", "abs_delta_logp", "abs_delta_logp_native", "k3_kl", "flipped", "rows_missing",
+            "rows_invalid", "tokens", "seconds"}  # fmt: skip
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "pacenote", *words]
+
+
+def pacenote(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def replay_works(rows: list[dict[str, Any]]) -> bool:
+    """The claim of the road: on the same tokens replay at least halves the mismatch, and k3 far more."""
+    return (
+        mean(rows, "abs_delta_logp") <= 0.5 * mean(rows, "abs_delta_logp_native")
+        and mean(rows, "k3_kl") <= 0.2 * mean(rows, "k3_kl_native")
+        and mean(rows, "flipped") > 0
+        and all(row["rows_replayed"] > 0 and row["rows_missing"] == row["rows_invalid"] == 0 for row in rows)
+    )
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that replays the rollout's routes."""
+    out = tmp_path_factory.mktemp("road") / "run"
+    done = pacenote("train", "tiny", "--steps", "4", "--out", str(out), *SMALL)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"open {out / 'report.html'}" in done.stdout.splitlines()[-1]
+    return out
+
+
+def test_road_leaves_everything_behind(road: Path) -> None:
+    rows = metrics.read(road / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(set(row) >= REQUIRED for row in rows)
+    assert all(0 <= row["reward"] <= 1 and row["episodes_failed"] == 0 for row in rows)
+    assert "<svg" in (road / "report.html").read_text(encoding="utf-8")
+    assert json.loads((road / "config.json").read_text())["recipe"] == "tiny"
+    sample = (road / "samples" / "step_000000.txt").read_text(encoding="utf-8")
+    assert re.search(r"user: .*(letters|signs)", sample)
+    assert re.search(r"tool: .*(letters|signs)", sample)
+    assert [path.name for path in (road / "checkpoints").iterdir()] == ["step_000004"]
+
+
+def test_replay_halves_the_mismatch(road: Path) -> None:
+    rows = metrics.read(road / "metrics.jsonl")
+    assert replay_works(rows), [
+        {name: row[name] for name in ("abs_delta_logp", "abs_delta_logp_native")} for row in rows
+    ]
+
+
+@pytest.mark.parametrize("mode", ["off", "trainer"])
+def test_other_modes_show_the_whole_gap(tmp_path: Path, mode: str) -> None:
+    """Without the engine's routes the gap stays, so a road whose replay is silently off fails the claim above."""
+    done = pacenote("train", "tiny", "--steps", "2", "--replay", mode, "--out", str(tmp_path / "run"), *SMALL)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["abs_delta_logp"] == row["abs_delta_logp_native"] for row in rows)
+    assert all((row["rows_replayed"] > 0) == (mode == "trainer") for row in rows)
+    assert not replay_works(rows)
+
+
+def test_own_prompts(tmp_path: Path) -> None:
+    """--data with a reward by import path."""
+    data = tmp_path / "data.jsonl"
+    prompts = [{"messages": [{"role": "user", "content": f"Say {word}"}], "label": word} for word in ("a", "b", "c")]
+    data.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (tmp_path / "mine.py").write_text(
+        "def reward(messages, label):\n    return len(messages[-1]['content'] or '') / 9\n"
+    )
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(data),
+        "--reward",
+        "mine:reward",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        command(*words, *SMALL), capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert row["reward"] > 0
+    assert "Say " in (tmp_path / "run" / "samples" / "step_000000.txt").read_text(encoding="utf-8")
+
+
+class Running:
+    """A run in the background."""
+
+    def __init__(self, out: Path, *words: str) -> None:
+        self.out = out
+        self.log = out.with_suffix(".log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command(*words), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_for_steps(self, count: int) -> None:
+        deadline = time.monotonic() + 180
+        while len(metrics.read(self.out / "metrics.jsonl")) < count:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def engine(self) -> int:
+        """Process id of the run's engine."""
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if b"pacenote.rollout.embedded" in words and parent == self.process.pid:
+                return int(path.name)
+        raise AssertionError("no engine found")
+
+    def finish(self) -> int:
+        return self.process.wait(timeout=240)
+
+
+@pytest.fixture
+def background(tmp_path: Path) -> Iterator[Any]:
+    """Start runs that are killed with the test."""
+    started: list[Running] = []
+
+    def start(*words: str) -> Running:
+        out = tmp_path / "run"
+        started.append(Running(out, *(word.replace("OUT", str(out)) for word in words)))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+
+
+def test_a_dead_engine_is_restarted(background: Any) -> None:
+    run = background("train", "tiny", "--steps", "5", "--out", "OUT", *SMALL)
+    run.wait_for_steps(2)
+    os.kill(run.engine(), signal.SIGKILL)
+    assert run.finish() == 0, run.log.read_text()
+    rows = metrics.read(run.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert replay_works(rows)
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(background: Any) -> None:
+    run = background("train", "tiny", "--steps", "5", "--out", "OUT", *SMALL)
+    run.wait_for_steps(2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 130
+    said = run.log.read_text()
+    assert "Traceback" not in said
+    assert f"--resume {run.out}" in said
+    assert (run.out / "report.html").is_file()
+    done = pacenote("train", "--resume", str(run.out))
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = metrics.read(run.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert replay_works(rows)
+
+
+def test_nan_loss_stops_with_one_sentence(tmp_path: Path) -> None:
+    words = [
+        "train",
+        "tiny",
+        "--steps",
+        "6",
+        "--out",
+        str(tmp_path / "run"),
+        "--optim.lr",
+        "1e38",
+        "--optim.warmup",
+        "1",
+    ]
+    done = pacenote(*words, *SMALL)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert re.search(r"pacenote: the (loss|gradient norm) is (nan|inf) at step \d", done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def refused(*words: str, status: int = 2) -> str:
+    """The one sentence that a refused command prints."""
+    done = pacenote(*words)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+def test_wrong_input_gives_one_sentence(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"messages": 3}\n')
+    assert "no such file" in refused("train", "tiny", "--data", str(tmp_path / "none.jsonl"))
+    assert "line 2" in refused("train", "tiny", "--data", str(bad))
+    assert "unknown recipe 'huge'; the recipes are: tiny" in refused("train", "huge")
+    assert "expects a recipe" in refused("train")
+    assert "is not a run folder" in refused("train", "--resume", str(tmp_path))
+    assert "cannot import 'nowhere'" in refused("train", "tiny", "--reward", "nowhere:reward")
+    assert "unknown command 'trian'" in refused("trian")
+    assert "expected a model directory" in refused(
+        "train", "tiny", "--model", str(tmp_path), "--out", str(tmp_path / "m")
+    )
+    assert "--steps expects at least 1" in refused("train", "tiny", "--steps", "0")
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = refused("train", "tiny", "--rollout.engine-port", port, "--out", str(tmp_path / "run"), status=1)
+    assert port in said
+    assert "in use" in said
+
+
+def test_help_reads_well() -> None:
+    top = pacenote("--help")
+    assert top.returncode == 0
+    assert "train RECIPE" in top.stdout
+    flags = pacenote("train", "tiny", "--help")
+    assert flags.returncode == 0
+    for flag in ("--replay", "--data", "--steps", "--out", "--rollout.upstream", "--optim.lr"):
+        assert flag in flags.stdout
+    assert "Whose experts the update uses" in re.sub(r"[\s│]+", " ", flags.stdout)
