@@ -174,15 +174,14 @@ class Engine:
                 while not self._commands and not self._has_work():
                     self._wake.wait()
                 commands, self._commands = self._commands, deque()
-            for command in commands:
-                command()
-            if self._paused or self._closed:
-                continue
             try:
-                self._step()
-            except Exception as error:
+                for command in commands:
+                    command()
+                if not self._paused and not self._closed:
+                    self._step()
+            except Exception as error:  # a bug or a device error: the requests at hand fail, the engine goes on
                 traceback.print_exc()
-                self._fail(f"the engine failed in a step: {error}")
+                self._fail(f"the engine failed: {error}")
 
     def _has_work(self) -> bool:
         return not self._paused and bool(self._running or self._waiting)
@@ -357,7 +356,7 @@ class Engine:
         started = time.perf_counter()
         try:
             self.runner.load_weights(update.path)
-        except ModelError as error:
+        except Exception as error:  # a ModelError, or a device that failed
             update.done.set_result(UpdateResult(success=False, message=str(error)))
             return
         if not self._running:

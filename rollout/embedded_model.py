@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pacenote.replay.hf import attach
+from pacenote.replay.hf import Replay, attach
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config
 from pacenote.rollout.slot_cache import SlotCache, decode_mask, prefill_mask
 
@@ -60,7 +60,7 @@ class Runner:
         self.path = path
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device)
-        self.model = _load(path, self.dtype).to(self.device).eval()
+        self.model: Any = _load(path, self.dtype).to(self.device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.fields = fields
         self.vocab_size = int(self.model.config.get_text_config().vocab_size)
@@ -68,9 +68,10 @@ class Runner:
         self.context_length = min(context_length or limit, limit)
         self.stop_ids = _stop_ids(path, fields, self.tokenizer)
         self.cache = SlotCache(num_layers=self.geometry.num_layers, slots=slots, max_len=self.context_length)
-        self._replay = attach(self.model)
+        self._replay = _attach(self.model, path)
         self._cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         self._experts = _experts_by_phase(experts, self.device.type)
+        self._phase = -1
 
     def prefill(
         self, first: int, sequences: Sequence[Sequence[int]], *, record: bool
@@ -129,7 +130,8 @@ class Runner:
         phase: int,
         record: bool,
     ) -> tuple[torch.Tensor, NDArray[Any] | None]:
-        if self._experts[0] != self._experts[1]:
+        if phase != self._phase:
+            self._phase = phase
             self.model.set_experts_implementation(self._experts[phase])
         arguments: dict[str, Any] = {self._cache_name: self.cache}
         with torch.inference_mode(), self._replay.record() if record else contextlib.nullcontext() as recorded:
@@ -192,6 +194,13 @@ def _geometry(fields: dict[str, Any], path: Path) -> RoutingGeometry:
         raise ModelError(f"{path} is not a mixture-of-experts model that routes can be recorded of: {error}") from error
 
 
+def _attach(model: torch.nn.Module, path: Path) -> Replay:
+    try:
+        return attach(model)
+    except ValueError as error:
+        raise ModelError(f"cannot record the routes of {path}: {error}") from error
+
+
 def _refuse_windows(fields: dict[str, Any], path: Path) -> None:
     """The engine passes one causal mask to every layer, so layers with another mask or no cache are refused."""
     others = sorted(set(fields.get("layer_types") or ()) - {"full_attention"})
@@ -200,7 +209,7 @@ def _refuse_windows(fields: dict[str, Any], path: Path) -> None:
         raise ModelError(f"{path} has {kinds} layers; the embedded engine serves full attention only")
 
 
-def _load(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _load(path: Path, dtype: torch.dtype) -> Any:
     """A model from disk; every parameter must be in the files, because transformers would draw a missing one."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -210,8 +219,9 @@ def _load(path: Path, dtype: torch.dtype) -> torch.nn.Module:
         raise ModelError(f"cannot load the weights in {path}: {str(error).splitlines()[0]}") from error
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):
-            raise ModelError(f"the weights in {path} do not fit its config: {kind} {sorted(map(str, report[kind]))[:3]}")
-    assert isinstance(model, torch.nn.Module)
+            raise ModelError(
+                f"the weights in {path} do not fit its config: {kind} {sorted(map(str, report[kind]))[:3]}"
+            )
     return model
 
 

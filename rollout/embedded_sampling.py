@@ -76,13 +76,16 @@ def _edited(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
 def _filtered(probs: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Probabilities [B, V] with zeros outside top-k, top-p and min-p (all three on the full distribution)."""
     best, order = probs.sort(dim=-1, descending=True, stable=True)
-    column = {"dtype": torch.float64, "device": probs.device}
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=probs.device)[:, None]
+
     ranks = torch.arange(probs.shape[1], device=probs.device)
     size = probs.shape[1]
     top_k = torch.tensor([r.params.top_k if r.params.top_k != -1 else size for r in requests], device=probs.device)
     # 1.0 is off: a cumulative sum may round past it and must not cut the tail.
-    top_p = torch.tensor([r.params.top_p if r.params.top_p < 1.0 else torch.inf for r in requests], **column)[:, None]
-    min_p = torch.tensor([r.params.min_p for r in requests], **column)[:, None]
+    top_p = column([r.params.top_p if r.params.top_p < 1.0 else torch.inf for r in requests])
+    min_p = column([r.params.min_p for r in requests])
     closed = ranks[None, :] >= top_k[:, None]
     closed |= best.cumsum(-1) - best > top_p  # the token that crosses top_p stays
     closed |= best < best[:, :1] * min_p

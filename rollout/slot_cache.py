@@ -4,7 +4,7 @@ Legend: B rows in use, H key heads, M allocated length, W width of a step (token
 
 Rows in use are always the slots 0..B-1: a leaving request's slot is filled by the last one (`move`). A decode step then
 reads views of the tensors and copies nothing but the new token. A model that caches latents (MLA) and one that caches
-expanded heads both fit: shapes come from the first states that a layer sends.
+expanded heads both fit: shapes come from the first states that a layer sends. The tensors are inference tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, [slots, H, M, D] each, written by position.
 
     Whatever lies behind a row's length is stale or padding; the step's mask hides it, and it is always finite because
@@ -24,6 +24,9 @@ class SlotLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
@@ -36,10 +39,12 @@ class SlotLayer(CacheLayerMixin):
         self.values = self._allocate(values)
         self.is_initialized = True
 
+    @torch.inference_mode()
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, dim = states.shape
         return states.new_zeros((self._cache.slots, heads, self._cache.allocated, dim))
 
+    @torch.inference_mode()
     def grow(self, length: int) -> None:
         """Lengthen the tensors to `length` positions; what is cached stays."""
         if self.keys is None or self.values is None:
@@ -63,7 +68,8 @@ class SlotLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         cache = self._cache
         if cache.positions is None:
             start, stop, width = cache.first, cache.first + key_states.shape[0], key_states.shape[2]
@@ -93,7 +99,7 @@ class SlotLayer(CacheLayerMixin):
         return self._cache.allocated
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """All layers' slots and the description of the current step.
 
     Args:
@@ -126,6 +132,7 @@ class SlotCache(Cache):
         self.width, self.positions = width, positions
         self.rows = torch.arange(positions.shape[0], device=positions.device)
 
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`."""
         for layer in self.layers:
@@ -133,6 +140,7 @@ class SlotCache(Cache):
                 layer.keys[target] = layer.keys[source]
                 layer.values[target] = layer.values[source]
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """Zero everything. Needed when weights change: a NaN of broken weights must not outlive them."""
         for layer in self.layers:

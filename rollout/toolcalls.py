@@ -4,8 +4,8 @@ The format (chat template of GLM-4.7, parsed by SGLang's `--tool-call-parser glm
 
     <think>reasoning</think>content<tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>...</tool_call>
 
-A value is a plain string if the function's schema says so, else JSON. Nothing raises: a call that is not well-formed, or
-of a function that was not offered, stays in the content as it was written.
+A value is a plain string if the function's schema says so, else JSON. Nothing raises: a call that is not well-formed
+or names a function that was not offered stays in the content as it was written.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def split_reasoning(text: str, *, opened: bool) -> tuple[str | None, str]:
         return None, text
     reasoning, closed, content = text.partition(END_THINK)
     if not closed:
-        return text.strip(), ""
+        return text.strip() or None, ""
     return reasoning.strip() or None, content.strip()
 
 

@@ -120,7 +120,8 @@ async def _collect(
         players = [asyncio.create_task(one(task, i)) for i, task in enumerate(_repeated(tasks, config.group))]
         everyone = asyncio.gather(*players)
         try:
-            await asyncio.wait({watcher, everyone}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: list[asyncio.Future[Any]] = [watcher, everyone]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if watcher.done():
                 watcher.result()
             episodes = list(await everyone)

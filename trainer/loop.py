@@ -40,7 +40,8 @@ def train(config: RunConfig) -> RunDir:
     device = pick_device(config)
     run = RunDir.create(config)
     model = config.model or build_tiny(run.root / "model", seed=config.seed, shape=config.tiny)
-    return _run(config, run, game, HfBackend(model, config.optim, device, config.rollout.temperature), first=0)
+    backend = HfBackend(model, config.optim, device=device, temperature=config.rollout.temperature)
+    return _run(config, run, game, backend, first=0)
 
 
 def resume(root: Path) -> RunDir:
@@ -53,7 +54,8 @@ def resume(root: Path) -> RunDir:
     run, config = RunDir.open(root)
     game = Game.load(config)
     step, path = checkpoint.latest(run.checkpoints)
-    backend = HfBackend(path / "model", config.optim, pick_device(config), config.rollout.temperature)
+    device, temperature = pick_device(config), config.rollout.temperature
+    backend = HfBackend(path / "model", config.optim, device=device, temperature=temperature)
     checkpoint.restore(path, backend)
     return _run(config, run, game, backend, first=step)
 

@@ -119,8 +119,8 @@ def test_game_takes_the_file_over_the_task(tmp_path: Path) -> None:
     own = Game.load(RunConfig(recipe="tiny", data=data))
     assert own.environment is tasks.single_turn
     assert own.reward([{"role": "assistant", "content": "it is 4"}], "4") == 1.0
-    mixed = Game.load(RunConfig(recipe="tiny", data=data, reward="pacenote.trainer.letters:share"))
-    assert mixed.reward is letters.share
+    mixed = Game.load(RunConfig(recipe="tiny", data=data, reward="pacenote.trainer.letters:reward"))
+    assert mixed.reward is letters.reward
 
 
 def test_config_round_trip(tmp_path: Path) -> None:

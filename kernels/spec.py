@@ -1,0 +1,62 @@
+"""How a router turns scores into experts, and the codes that travel with rows. No torch, so that servers may import it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FREE, REPLAY, PAD = 0, 1, 2
+"""State of a row, uint8: the trainer's own top-k, the recorded experts, or padding."""
+
+MISSING, PREFILL, DECODE, CACHED, RECOMPUTED = 0, 1, 2, 3, 4
+"""Provenance of a recorded row, uint8: where the engine's routing of that token is known from."""
+
+MAX_EXPERTS, MAX_TOP_K = 1024, 32
+"""Largest E and K that the kernels are built for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """What a router does between its logits [T, E] and (weights [T, K], experts [T, K]).
+
+    Attributes:
+        score: "softmax" over all E, "sigmoid", or "softmax_topk": softmax over the K chosen logits only.
+        renormalize: divide the chosen scores by their sum plus `eps`; for K = 1 as well, since the flag says so.
+        eps: added to that sum (1e-20 in the DeepSeek-V3 family).
+        scale: factor on the weights (`routed_scaling_factor`).
+        groups: expert groups for group-limited selection; 1 is none.
+        topk_groups: groups that stay open.
+        group_score: score of a group: "top2" sum of its best two, "topk_share" sum of its best K/topk_groups, "max".
+        score_dtype: arithmetic of the scores: "float32", or "logits" for the logits' own dtype.
+        weight_dtype: dtype of the weights returned: "float32", or "logits".
+
+    Raises:
+        ValueError: a value outside of these.
+    """
+
+    score: Literal["softmax", "sigmoid", "softmax_topk"]
+    renormalize: bool = False
+    eps: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    topk_groups: int = 1
+    group_score: Literal["top2", "topk_share", "max"] = "top2"
+    score_dtype: Literal["float32", "logits"] = "float32"
+    weight_dtype: Literal["float32", "logits"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, value, known in (
+            ("score", self.score, ("softmax", "sigmoid", "softmax_topk")),
+            ("group_score", self.group_score, ("top2", "topk_share", "max")),
+            ("score_dtype", self.score_dtype, ("float32", "logits")),
+            ("weight_dtype", self.weight_dtype, ("float32", "logits")),
+        ):
+            if value not in known:
+                raise ValueError(f"RouterSpec.{name} expects one of {known}, got {value!r}")
+        if not 1 <= self.topk_groups <= self.groups:
+            raise ValueError(
+                f"RouterSpec expects 1 <= topk_groups <= groups, got topk_groups={self.topk_groups}, groups={self.groups}"
+            )
+        if self.eps < 0 or not self.scale > 0:
+            raise ValueError(f"RouterSpec expects eps >= 0 and scale > 0, got eps={self.eps}, scale={self.scale}")

@@ -1,0 +1,180 @@
+"""How far trainer and engine disagree: counts of replayed rows, flipped choices, logprob mismatch. No verdicts.
+
+Legend: T tokens, L MoE layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """Counts of rows by layer, each array [L] int64, as `kernels.route.RouteStats` defines them.
+
+    A row counts once a forward pass and layer in one of replayed, free, duplicate, out_of_range, pad; recomputation
+    under gradient checkpointing is not counted again. `flipped` are replayed rows whose recorded set of experts is not
+    the set the trainer would have chosen; `overlap` sums the size of their intersection over replayed rows.
+    """
+
+    layers: tuple[int, ...]
+    replayed: NDArray[np.int64]
+    free: NDArray[np.int64]
+    duplicate: NDArray[np.int64]
+    out_of_range: NDArray[np.int64]
+    pad: NDArray[np.int64]
+    flipped: NDArray[np.int64]
+    overlap: NDArray[np.int64]
+
+    def __getitem__(self, name: str) -> NDArray[np.int64]:
+        """The counter [L] of that name.
+
+        Raises:
+            KeyError: no such counter.
+        """
+        if name not in COUNTERS:
+            raise KeyError(f"expected one of {', '.join(COUNTERS)}, got {name!r}")
+        counts: NDArray[np.int64] = getattr(self, name)
+        return counts
+
+    def total(self, name: str) -> int:
+        """The counter's sum over layers.
+
+        Raises:
+            KeyError: no such counter.
+        """
+        return int(self[name].sum())
+
+    def table(self) -> str:
+        """A text table: a line a layer and a line of sums."""
+        lines = [("layer", *COUNTERS)]
+        lines += [(str(layer), *(str(self[name][i]) for name in COUNTERS)) for i, layer in enumerate(self.layers)]
+        lines.append(("sum", *(str(self.total(name)) for name in COUNTERS)))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+        )
+
+
+COUNTERS = tuple(field.name for field in fields(Audit) if field.name != "layers")
+"""Names of the counters, in the order of the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """Train/rollout mismatch over tokens, with delta = logp_train - logp_rollout (nats). NaN where there are no tokens.
+
+    Attributes:
+        tokens: tokens measured.
+        nan: tokens left out because a logprob or their difference is not a number.
+        mean_abs: mean |delta|.
+        max_abs: largest |delta|.
+        k3: mean of exp(delta) - delta - 1, the k3 estimate of KL(rollout || train); tokens were drawn by the rollout.
+        f_tau: share of tokens whose probability ratio exp(|delta|) exceeds tau (F(tau) of arXiv 2510.11370).
+        tau: that bound.
+    """
+
+    tokens: int
+    nan: int
+    mean_abs: float
+    max_abs: float
+    k3: float
+    f_tau: float
+    tau: float
+
+
+def mismatch(logp_train: ArrayLike, logp_rollout: ArrayLike, mask: ArrayLike, *, tau: float = 2.0) -> Mismatch:
+    """Measure how two engines' logprobs of the same tokens differ.
+
+    Args:
+        logp_train: [T] float, the trainer's.
+        logp_rollout: [T] float, the rollout's.
+        mask: [T], non-zero where a token counts.
+        tau: ratio above which a token counts as extreme.
+
+    Raises:
+        ValueError: arrays of different shapes, or tau <= 0. Content never raises.
+    """
+    train, rollout = np.asarray(logp_train, dtype=np.float64), np.asarray(logp_rollout, dtype=np.float64)
+    chosen = np.asarray(mask).astype(bool)
+    if not train.shape == rollout.shape == chosen.shape:
+        raise ValueError(f"expected arrays of one shape, got {train.shape}, {rollout.shape} and mask {chosen.shape}")
+    if not tau > 0:
+        raise ValueError(f"expected tau > 0, got {tau}")
+    with np.errstate(all="ignore"):
+        delta = train[chosen] - rollout[chosen]
+        delta = delta[~np.isnan(delta)]
+        size = np.abs(delta)
+        nan = int(chosen.sum()) - len(delta)
+        if not len(delta):
+            none = float("nan")
+            return Mismatch(tokens=0, nan=nan, mean_abs=none, max_abs=none, k3=none, f_tau=none, tau=tau)
+        return Mismatch(
+            tokens=len(delta),
+            nan=nan,
+            mean_abs=float(size.mean()),
+            max_abs=float(size.max()),
+            k3=float(np.where(delta == np.inf, np.inf, np.expm1(delta) - delta).mean()),
+            f_tau=float((size > np.log(tau)).mean()),
+            tau=tau,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flips:
+    """How two routings of the same tokens differ. NaN where there are no tokens.
+
+    Attributes:
+        tokens: tokens compared.
+        flipped_by_layer: [L] float64, share of tokens whose sets of experts differ.
+        overlap_by_layer: [L] float64, mean share of the K experts that both name.
+        flipped: share of (token, layer) pairs whose sets differ.
+        any_layer: share of tokens that differ in at least one layer.
+    """
+
+    tokens: int
+    flipped_by_layer: NDArray[np.float64]
+    overlap_by_layer: NDArray[np.float64]
+    flipped: float
+    any_layer: float
+
+
+def flips(a: ArrayLike, b: ArrayLike, mask: ArrayLike) -> Flips:
+    """Compare two routings as sets: the order of a row does not matter.
+
+    Args:
+        a: expert ids [T, L, K] of any integer dtype.
+        b: the same of the other side.
+        mask: [T], non-zero where a token counts.
+
+    Raises:
+        ValueError: shapes that do not match. Content never raises.
+    """
+    left, right, chosen = np.asarray(a), np.asarray(b), np.asarray(mask).astype(bool)
+    if left.ndim != 3 or left.shape != right.shape or chosen.shape != left.shape[:1]:
+        raise ValueError(f"expected two arrays [T, L, K] and mask [T], got {left.shape}, {right.shape}, {chosen.shape}")
+    left, right = np.sort(left[chosen].astype(np.int64), axis=2), np.sort(right[chosen].astype(np.int64), axis=2)
+    tokens, layers, top_k = left.shape
+    if not left.size:
+        none = np.full(layers, np.nan)
+        return Flips(tokens=tokens, flipped_by_layer=none, overlap_by_layer=none, flipped=np.nan, any_layer=np.nan)
+    differs = (left != right).any(axis=2)
+    return Flips(
+        tokens=tokens,
+        flipped_by_layer=differs.mean(axis=0),
+        overlap_by_layer=_shared(left, right).mean(axis=0) / top_k,
+        flipped=float(differs.mean()),
+        any_layer=float(differs.any(axis=1).mean()),
+    )
+
+
+def _shared(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[Any]:
+    """[T, L] slots of `left` whose expert is anywhere in the row of `right`."""
+    shared = np.zeros(left.shape[:2], dtype=np.int64)
+    for slot in range(left.shape[2]):
+        shared += (left[:, :, slot, None] == right).any(axis=2)
+    return shared

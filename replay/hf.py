@@ -1,0 +1,358 @@
+"""attach(model): record and replay the routers of a transformers mixture-of-experts model, by forward hooks only.
+
+Each router module returns (router_logits [T, E], weights [T, K], experts [T, K]); a hook replaces the last two. No
+class is patched and no forward is retyped, so `detach` leaves the model as it was.
+
+Legend: B sequences, S positions, T = B x S tokens, D hidden size, E experts, K experts a token, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pacenote.kernels.route import RouteStats, replay_topk
+from pacenote.kernels.spec import FREE, RouterSpec
+from pacenote.replay.audit import COUNTERS, Audit
+from pacenote.replay.errors import ReplayError, ScopeError, UnsupportedModel
+from pacenote.replay.scope import Forward, Recording, Scope, as_rows
+from pacenote.replay.spec import RoutingGeometry, geometry_from_config, router_spec
+
+_BIAS = "e_score_correction_bias"
+_CHECK_ROWS = 64
+
+
+def attach(model: nn.Module) -> Replay:
+    """Hook the routers of a transformers model (a causal language model, or its base model).
+
+    Every router runs once on random hidden states; weights and choice must be those of the family's spec. Nothing else
+    of the model runs, no parameter, buffer or random state changes.
+
+    Raises:
+        UnsupportedModel: an unknown family, routers that are not where the config says, or that compute something
+            other than their spec: the text names the layer and the difference.
+        ReplayError: the model is attached already.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise UnsupportedModel(
+            f"expected a transformers model with a config, got {type(model).__name__}: pass the model it wraps"
+        )
+    fields = config.to_dict()
+    geometry, spec = geometry_from_config(fields), router_spec(fields)
+    base, routers = _find_routers(model, geometry)
+    if any(isinstance(hook, _RouterHook) for router in routers for hook in router.module._forward_hooks.values()):
+        raise ReplayError("expected a model without replay hooks, this one has them: detach() the other Replay first")
+    for router in routers:
+        _self_check(router, spec, geometry, next(base.parameters()).dtype)
+    return Replay(base, routers, geometry, spec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Router:
+    """A router module, its global layer id, and the module that holds its selection bias [E], if it has one."""
+
+    layer: int
+    module: nn.Module
+    parent: nn.Module
+    bias_owner: nn.Module | None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The selection bias [E] in float32: the routers add it to float32 scores, whatever it is stored in."""
+        return None if self.bias_owner is None else getattr(self.bias_owner, _BIAS).float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the router's weight is now."""
+        return next(self.module.parameters()).device
+
+
+class Replay:
+    """Replay and recording of one model. Made by `attach`.
+
+    Attributes:
+        geometry: where the model routes.
+        spec: how its routers weigh experts.
+    """
+
+    def __init__(self, base: nn.Module, routers: list[_Router], geometry: RoutingGeometry, spec: RouterSpec) -> None:
+        """Hook the base model and its routers, given in the order of the geometry's layers."""
+        self.geometry, self.spec = geometry, spec
+        self._base, self._routers = base, routers
+        self._scope: Scope | None = None
+        self._recording: Recording | None = None
+        self._forward = Forward(geometry.layers)
+        self._closed_graph = False
+        self._stats: list[RouteStats | None] = [None] * len(routers)
+        self._stats_devices: list[torch.device | None] = [None] * len(routers)
+        self._counted = np.zeros((len(COUNTERS), len(routers)), dtype=np.int64)
+        self._handles = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            base.register_forward_hook(self._end),
+        ]
+        # Before transformers' own output-capturing hooks, so that they see what is replayed.
+        self._handles += [
+            router.module.register_forward_hook(_RouterHook(self, index), prepend=True)
+            for index, router in enumerate(routers)
+        ]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Global ids of the MoE layers, in the order of the rows' layer axis."""
+        return self.geometry.layers
+
+    @contextmanager
+    def rows(self, rows: Any, state: Any = None) -> Iterator[Replay]:
+        """Replay these rows in every forward pass of the block, and in its backward pass.
+
+        A checkpointed layer recomputes with the rows of the scope that is open: run backward before leaving, and never
+        in a later scope.
+
+        Args:
+            rows: tensor or array [T, L, K] for an input [1, T], [B, S, L, K] for [B, S]; uint8, uint16, int32 or int64;
+                an id below 0 leaves its row to the router. Or kernels.pack.Routes, or a RoutingRecord of T rows.
+            state: [T] or [B, S] uint8 codes FREE, REPLAY, PAD; None: replay. Routes and records have their own.
+
+        Raises:
+            ScopeError: rows that do not fit model or input; a nested scope; a block in which no forward pass ran.
+        """
+        self._check_attached()
+        if self._scope is not None:
+            raise ScopeError("expected one scope of rows at a time, got a nested one: leave the outer one first")
+        scope = Scope(as_rows(rows, state, self.geometry), {router.device for router in self._routers})
+        self._prepare_stats()
+        self._scope = scope
+        try:
+            yield self
+        finally:
+            self._scope = None
+            self._forward.running = False
+        if not scope.forwards:
+            raise ScopeError("expected a forward pass inside the scope, got none: these rows were not replayed")
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """Keep the experts of the last forward pass of the block; `.rows()` gives them as [B, S, L, K] int32.
+
+        Inside `rows` it keeps the replayed ones. Costs nothing until `.rows()` is called.
+
+        Raises:
+            ScopeError: a recording inside a recording.
+        """
+        self._check_attached()
+        if self._recording is not None:
+            raise ScopeError("expected one recording at a time, got a nested one")
+        self._recording = recording = Recording(len(self._routers))
+        try:
+            yield recording
+        finally:
+            self._recording = None
+
+    def audit(self, reset: bool = False) -> Audit:
+        """Counts by layer since attach or the last reset. The only call that waits for the device."""
+        counted = self._counted + self._pending()
+        if reset:
+            self._counted = np.zeros_like(self._counted)
+            for stats in self._stats:
+                if stats is not None:
+                    stats.reset()
+        return Audit(layers=self.layers, **dict(zip(COUNTERS, counted, strict=True)))
+
+    def detach(self) -> None:
+        """Remove every hook. A second call does nothing.
+
+        Raises:
+            ScopeError: a scope or a recording is open.
+        """
+        if self._scope is not None or self._recording is not None:
+            raise ScopeError("expected no open scope or recording at detach(), leave it first")
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _check_attached(self) -> None:
+        if not self._handles:
+            raise ScopeError("expected an attached model, this Replay was detached: call attach(model) again")
+
+    def _prepare_stats(self) -> None:
+        """Counters on the routers' devices; those of a device that a router has left are folded into host counts."""
+        devices: list[torch.device | None] = [router.device for router in self._routers]
+        if devices == self._stats_devices:
+            return
+        self._counted = self._counted + self._pending()
+        self._stats = [RouteStats.zeros(router.device) for router in self._routers]
+        self._stats_devices = devices
+
+    def _pending(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[counters, L] int64 that are still on devices."""
+        pending = np.zeros_like(self._counted)
+        for index, stats in enumerate(self._stats):
+            if stats is not None:
+                counts = stats.counts()
+                pending[:, index] = [counts[name] for name in COUNTERS]
+        return pending
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the base model: the input's shape must be that of the rows."""
+        scope, recording = self._scope, self._recording
+        self._forward.begin()
+        if torch.is_grad_enabled():
+            self._closed_graph = scope is not None
+        if scope is None and recording is None:
+            return
+        shape = _input_shape(args, kwargs)
+        if scope is not None:
+            scope.begin(shape)
+        if recording is not None:
+            recording.begin(shape)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the base model: every router must have run."""
+        self._forward.end(check=self._scope is not None or self._recording is not None)
+
+    def _route(self, index: int, output: Any) -> Any:
+        """A router's output, replayed; None leaves it as it is."""
+        scope, recording = self._scope, self._recording
+        inside = self._forward.running
+        if scope is None and recording is None:
+            if self._closed_graph and not inside and torch.is_grad_enabled() and self._checkpoints(index):
+                raise ScopeError(
+                    "expected backward inside the scope: a checkpointed layer is recomputed after its scope closed, "
+                    "which would differentiate another routing; keep `with replay.rows(...)` open over backward"
+                )
+            return None
+        if inside:
+            self._forward.read(index)
+        logits, weights, experts = output
+        if scope is not None:
+            rows, state = scope.take(index, logits)
+            stats = self._stats[index] if inside else None
+            bias = self._routers[index].bias
+            weights, experts = replay_topk(logits, rows, self.spec, state=state, bias=bias, stats=stats)
+        if recording is not None and inside:
+            recording.put(index, experts)
+        return None if scope is None else (logits, weights, experts)
+
+    def _checkpoints(self, index: int) -> bool:
+        layer = self._base.get_submodule(f"layers.{self._routers[index].layer}")
+        return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+
+class _RouterHook:
+    """The forward hook of one router; its type marks a model as attached."""
+
+    __slots__ = ("index", "replay")
+
+    def __init__(self, replay: Replay, index: int) -> None:
+        self.replay, self.index = replay, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.replay._route(self.index, output)
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(B, S) of the base model's input ids [B, S] or embeddings [B, S, D]."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    given = kwargs.get("inputs_embeds") if ids is None else ids
+    if not isinstance(given, Tensor) or given.ndim < 2:
+        raise ScopeError(f"expected input_ids [B, S] or inputs_embeds [B, S, D], got {type(given).__name__}")
+    return int(given.shape[0]), int(given.shape[1])
+
+
+def _find_routers(model: nn.Module, geometry: RoutingGeometry) -> tuple[nn.Module, list[_Router]]:
+    """The module that owns the decoder layers, and a router for each MoE layer of the geometry."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for name, module in model.named_modules():
+        place = re.fullmatch(r"(?:(.*)\.)?layers\.(\d+)\.(.+)", name)
+        if place and type(module).__name__.lower().endswith("router") and hasattr(module, "top_k"):
+            found.setdefault(place[1] or "", {}).setdefault(int(place[2]), []).append(name)
+    if len(found) != 1:
+        raise UnsupportedModel(f"expected routers in one stack of decoder layers, got {sorted(found) or 'none'}")
+    [(owner, by_layer)] = found.items()
+    single = {layer: names[0] for layer, names in by_layer.items() if len(names) == 1}
+    if tuple(sorted(single)) != geometry.layers or len(single) != len(by_layer):
+        raise UnsupportedModel(
+            f"expected one router in each of the layers {geometry.layers} of the config, "
+            f"got { {layer: len(names) for layer, names in sorted(by_layer.items())} }"
+        )
+    return model.get_submodule(owner), [_router(model, layer, single[layer]) for layer in geometry.layers]
+
+
+def _router(model: nn.Module, layer: int, name: str) -> _Router:
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    owner = next((owner for owner in (module, parent) if getattr(owner, _BIAS, None) is not None), None)
+    return _Router(layer=layer, module=module, parent=parent, bias_owner=owner)
+
+
+@torch.no_grad()
+def _self_check(router: _Router, spec: RouterSpec, geometry: RoutingGeometry, dtype: torch.dtype) -> None:
+    """Compare the module's weights and choice with the spec's, on random hidden states [64, D].
+
+    Raises:
+        UnsupportedModel: they differ by more than rounding, or the module returns something else.
+    """
+    if router.device.type == "meta":
+        raise UnsupportedModel("expected loaded weights, got a router on the meta device: attach after loading")
+    logits, weights, experts = _run_router(router, dtype, geometry)
+    bias, where = router.bias, f"the router of layer {router.layer} ({type(router.module).__name__})"
+    mine, _ = replay_topk(logits, experts, spec, bias=bias)
+    error = float((mine.float() - weights.float()).abs().max())
+    # Weights are at most `scale`; one rounding step apart is what another kernel may give.
+    bound = 4 * torch.finfo(weights.dtype).eps * max(1.0, abs(spec.scale))
+    if not error <= bound or mine.dtype != weights.dtype:
+        raise UnsupportedModel(
+            f"expected {where} to weigh experts as {spec}, its weights ({weights.dtype}) differ by {error:.3g} "
+            f"from the spec's ({mine.dtype}); at most {bound:.1g} is rounding"
+        )
+    state = torch.full((len(logits),), FREE, dtype=torch.uint8, device=logits.device)
+    _, chosen = replay_topk(logits, experts, spec, state=state, bias=bias)
+    # Equal logits in another order of experts are a tie, which torch.topk breaks as it likes.
+    same = torch.equal(_sorted_logits(logits, chosen), _sorted_logits(logits, experts))
+    if not same:
+        differ = (_sorted_logits(logits, chosen) != _sorted_logits(logits, experts)).any(-1).float().mean()
+        raise UnsupportedModel(
+            f"expected {where} to choose experts as {spec}, {float(differ):.0%} of its choices differ from the spec's"
+        )
+
+
+def _sorted_logits(logits: Tensor, experts: Tensor) -> Tensor:
+    return logits.gather(1, experts).sort(-1).values
+
+
+def _run_router(router: _Router, dtype: torch.dtype, geometry: RoutingGeometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [64, E], weights [64, K] and experts [64, K] of the module alone, logits of moderate size."""
+    module = router.module
+    size = int(next(module.parameters()).shape[-1])
+    generator = torch.Generator().manual_seed(router.layer)
+    hidden = torch.randn(_CHECK_ROWS, size, generator=generator).to(router.device, dtype)
+    names = list(inspect.signature(module.forward).parameters)[1:]
+    extra = [getattr(router.parent, name) for name in names if hasattr(router.parent, name)]
+    shapes = [(_CHECK_ROWS, geometry.num_experts), (_CHECK_ROWS, geometry.top_k), (_CHECK_ROWS, geometry.top_k)]
+    for attempt in range(2):
+        try:
+            output = module.forward(hidden, *extra)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"expected the router of layer {router.layer} ({type(module).__name__}) to run alone on hidden states "
+                f"[{_CHECK_ROWS}, {size}], got {type(error).__name__}: {error}; attach before the model is sharded"
+            ) from error
+        if not isinstance(output, tuple) or [tuple(getattr(part, "shape", ())) for part in output] != shapes:
+            raise UnsupportedModel(
+                f"expected the router of layer {router.layer} to return logits, weights and experts {shapes}, "
+                f"got {[tuple(getattr(part, 'shape', ())) for part in output]}"
+            )
+        largest = float(output[0].abs().max())
+        if largest <= 8 or attempt:
+            break
+        hidden = hidden * (8 / largest)  # large logits saturate the scores into ties
+    logits, weights, experts = output
+    return logits, weights, experts

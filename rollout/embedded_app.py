@@ -1,0 +1,474 @@
+"""The embedded engine's HTTP application: SGLang's routes over an `Engine`.
+
+Handlers parse a body, ask the engine's thread and build the answer; nothing here computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from pacenote.rollout.embedded_answer import Answers, Asked
+from pacenote.rollout.embedded_engine import Engine
+from pacenote.rollout.embedded_model import Runner
+from pacenote.rollout.embedded_protocol import (
+    AbortBody,
+    ChatBody,
+    GenerateBody,
+    PauseBody,
+    UpdateBody,
+    describe,
+    generate_error,
+    model_card,
+    openai_error,
+)
+from pacenote.rollout.embedded_request import Completion, Request, RequestError, SamplingParams
+from pacenote.rollout.embedded_sampling import generator
+
+VERSION = "0.5.23"  # the SGLang whose protocol this is
+Body = TypeVar("Body", bound=BaseModel)
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of the engine process, named as SGLang's server arguments."""
+
+    model_path: Path
+    host: str = "127.0.0.1"
+    port: int = 30000
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    max_running_requests: int = 64
+    context_length: int | None = None
+    max_prefill_tokens: int = 4096
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    served_model_name: str | None = None
+    random_seed: int = 0
+    weight_version: str = "default"
+    experts_implementation: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_running_requests", "max_prefill_tokens", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        if self.context_length is not None and self.context_length < 2:
+            raise ValueError(f"expected context_length to be at least 2, got {self.context_length}")
+        if not 0 <= self.random_seed < 2**63:
+            raise ValueError(f"expected random_seed in [0, 2**63), got {self.random_seed}")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
+class Frontend:
+    """The HTTP handlers: parse, ask the engine, answer.
+
+    Args:
+        config: the process's options.
+        runner: the model.
+        engine: its scheduler, not started yet.
+    """
+
+    def __init__(self, config: EngineConfig, runner: Runner, engine: Engine) -> None:
+        self._config = config
+        self._runner = runner
+        self._engine = engine
+        self._name = config.served_model_name or str(config.model_path)
+        self._answers = Answers(
+            runner.tokenizer,
+            runner.geometry,
+            model=self._name,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        )
+        self._live: set[str] = set()
+        self._number = 0
+        self._tokenizer_lock = asyncio.Lock()
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """POST /v1/chat/completions."""
+        body = await _read(http, ChatBody)
+        if body.stream:
+            raise RequestError("stream=true is not supported by the embedded engine: ask without it.")
+        ids = body.input_ids if body.input_ids is not None else await self._render(body)
+        top = (body.top_logprobs or 0) if body.logprobs else 0
+        asked, done = await self._run(
+            http,
+            rid=body.rid,
+            ids=ids,
+            params=body.params(),
+            routes_from=body.routed_experts_start_len,
+            record=body.return_routed_experts,
+            top=top,
+        )
+        return _json(self._answers.chat(body, asked, done, self._engine.weight_version))
+
+    async def generate(self, http: HttpRequest) -> Response:
+        """POST /generate."""
+        body = await _read(http, GenerateBody)
+        if body.stream:
+            raise RequestError("stream=true is not supported by the embedded engine: ask without it.")
+        if (body.text is None) == (body.input_ids is None):
+            raise RequestError("Either text or input_ids should be provided, and not both.")
+        if body.logprob_start_len != -1:
+            raise RequestError("logprob_start_len is not supported by the embedded engine: leave it out.")
+        ids = body.input_ids if body.input_ids is not None else await self._encode(body.text or "", special=True)
+        asked, done = await self._run(
+            http,
+            rid=body.rid,
+            ids=ids,
+            params=body.sampling_params.params() if body.sampling_params else SamplingParams(max_new_tokens=128),
+            routes_from=body.routed_experts_start_len,
+            record=body.return_routed_experts,
+            top=body.top_logprobs_num if body.return_logprob else 0,
+        )
+        return _json(self._answers.generate(body, asked, done, self._engine.weight_version))
+
+    async def health(self, http: HttpRequest) -> Response:
+        """GET /health: 200 while the generation thread lives."""
+        return Response(status_code=200 if self._engine.alive else 503)
+
+    async def health_generate(self, http: HttpRequest) -> Response:
+        """GET /health_generate: 200 if one token could be generated; 503 after 20 s, or while paused."""
+        if not self._engine.alive or self._engine.paused:
+            return Response(status_code=503)
+        params = SamplingParams(max_new_tokens=1, temperature=0.0)
+        request = self._request(f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], params)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self._engine.submit(request)), 20.0)
+        except (TimeoutError, RequestError):
+            return Response(status_code=503)
+        return Response(status_code=200)
+
+    async def model_info(self, http: HttpRequest) -> Response:
+        """GET /model_info."""
+        fields = self._runner.fields
+        return _json(
+            {
+                "model_path": str(self._runner.path),
+                "tokenizer_path": str(self._config.model_path),
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": self._engine.weight_version,
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "model_type": fields.get("model_type"),
+                "architectures": fields.get("architectures"),
+            }
+        )
+
+    async def server_info(self, http: HttpRequest) -> Response:
+        """GET /server_info."""
+        config, load = self._config, self._engine.load()
+        return _json(
+            {
+                "model_path": str(self._runner.path),
+                "tokenizer_path": str(config.model_path),
+                "served_model_name": self._name,
+                "host": config.host,
+                "port": config.port,
+                "dtype": config.dtype,
+                "device": config.device,
+                "random_seed": config.random_seed,
+                "context_length": self._runner.context_length,
+                "max_running_requests": config.max_running_requests,
+                "max_prefill_tokens": config.max_prefill_tokens,
+                "max_total_num_tokens": config.max_running_requests * self._runner.context_length,
+                "tool_call_parser": config.tool_call_parser,
+                "reasoning_parser": config.reasoning_parser,
+                "weight_version": self._engine.weight_version,
+                "enable_return_routed_experts": True,
+                "disaggregation_mode": "null",
+                "tp_size": 1,
+                "dp_size": 1,
+                "pp_size": 1,
+                "version": VERSION,
+                "status": "ready",
+                "internal_states": [{"weight_version": self._engine.weight_version, "num_running": load.running}],
+            }
+        )
+
+    async def models(self, http: HttpRequest) -> Response:
+        """GET /v1/models."""
+        return _json(model_card(self._name, self._runner.context_length))
+
+    async def loads(self, http: HttpRequest) -> Response:
+        """GET /v1/loads."""
+        load = self._engine.load()
+        total = self._config.max_running_requests * self._runner.context_length
+        entry = {
+            "dp_rank": 0,
+            "num_running_reqs": load.running,
+            "num_waiting_reqs": load.waiting,
+            "num_total_reqs": load.running + load.waiting,
+            "num_used_tokens": load.used_tokens,
+            "max_total_num_tokens": total,
+            "token_usage": load.used_tokens / total,
+        }
+        return _json({"timestamp": time.time(), "version": VERSION, "dp_rank_count": 1, "loads": [entry]})
+
+    async def update_weights(self, http: HttpRequest) -> Response:
+        """POST /update_weights_from_disk: 200 if the weights serve now, else 400; the body says so."""
+        body = await _read(http, UpdateBody)
+        result = await asyncio.wrap_future(
+            self._engine.update_weights(
+                Path(body.model_path),
+                version=body.weight_version,
+                abort_all=body.abort_all_requests,
+                flush=body.flush_cache,
+            )
+        )
+        answer = {
+            "success": result.success,
+            "message": result.message,
+            "num_paused_requests": result.num_paused_requests,
+        }
+        return _json(answer, 200 if result.success else 400)
+
+    async def flush_cache(self, http: HttpRequest) -> Response:
+        """GET | POST /flush_cache: 400 while requests run."""
+        flushed = await asyncio.wrap_future(self._engine.flush())
+        text = "Cache flushed.\n" if flushed else "Cache not flushed: requests are running.\n"
+        return PlainTextResponse(text, 200 if flushed else 400)
+
+    async def pause(self, http: HttpRequest) -> Response:
+        """POST /pause_generation."""
+        body = await _read(http, PauseBody)
+        await asyncio.wrap_future(self._engine.pause(body.mode))
+        return _json({"status": "ok", "message": f"Generation paused successfully ({body.mode})."})
+
+    async def resume(self, http: HttpRequest) -> Response:
+        """POST /continue_generation."""
+        await asyncio.wrap_future(self._engine.resume())
+        return _json({"status": "ok", "message": "Generation continued successfully."})
+
+    async def abort(self, http: HttpRequest) -> Response:
+        """POST /abort_request."""
+        body = await _read(http, AbortBody)
+        if not body.abort_all and not body.rid:
+            raise RequestError("give rid, or abort_all=true")
+        await asyncio.wrap_future(self._engine.abort(None if body.abort_all else body.rid))
+        return Response(status_code=200)
+
+    async def _render(self, body: ChatBody) -> list[int]:
+        """Messages -> prompt ids, through the tokenizer's chat template, away from the event loop."""
+        messages = [_plain_message(message) for message in body.messages]
+
+        def render() -> str:
+            text: str = self._runner.tokenizer.apply_chat_template(
+                messages,
+                tools=body.offered_tools or None,
+                tokenize=False,
+                add_generation_prompt=not body.continue_final_message,
+                continue_final_message=body.continue_final_message,
+                **(body.chat_template_kwargs or {}),
+            )
+            return text
+
+        try:
+            text = await asyncio.to_thread(render)
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise RequestError(f"the chat template refused the messages: {error}") from error
+        return await self._encode(text, special=False)
+
+    async def _encode(self, text: str, *, special: bool) -> list[int]:
+        async with self._tokenizer_lock:  # a fast tokenizer may not be configured and used at once
+            ids = await asyncio.to_thread(self._runner.tokenizer.encode, text, add_special_tokens=special)
+        return list(ids)
+
+    async def _run(
+        self,
+        http: HttpRequest,
+        *,
+        rid: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        routes_from: int,
+        record: bool,
+        top: int,
+    ) -> tuple[Asked, Completion]:
+        """Check a request against the model, generate, and abort if the client leaves."""
+        started = time.perf_counter()
+        self._check(ids, params)
+        if not 0 <= routes_from <= len(ids):
+            raise RequestError(f"routed_experts_start_len must be in [0, {len(ids)}], got {routes_from}.")
+        if not 0 <= top <= 100:
+            raise RequestError(f"top_logprobs must be in [0, 100], got {top}.")
+        rid = rid or uuid.uuid4().hex
+        if rid in self._live:
+            raise RequestError(f"Duplicate request ID detected: {rid}")
+        request = self._request(rid, ids, params, record=record, top=top)
+        self._live.add(rid)
+        try:
+            done = await self._answer_or_abort(http, rid, self._engine.submit(request))
+        finally:
+            self._live.discard(rid)
+        return Asked(rid=rid, prompt_ids=ids, params=params, routes_from=routes_from, started=started), done
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        limit, vocab = self._runner.context_length, self._runner.vocab_size
+        if not ids:
+            raise RequestError("The input is empty: expected at least one token.")
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise RequestError(f"The input_ids contain values outside of the vocabulary [0, {vocab}).")
+        if any(not 0 <= token < vocab for token in params.logit_bias):
+            raise RequestError(f"logit_bias must have keys in [0, {vocab}).")
+        if len(ids) >= limit:
+            raise RequestError(
+                f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens)."
+            )
+        if params.max_new_tokens is not None and len(ids) + params.max_new_tokens > limit:
+            raise RequestError(
+                f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
+                f"total of {len(ids) + params.max_new_tokens} tokens: {len(ids)} tokens from the input messages and "
+                f"{params.max_new_tokens} tokens for the completion. Please reduce the number of tokens in the input "
+                "messages or the completion to fit within the limit."
+            )
+
+    def _request(
+        self, rid: str, ids: list[int], params: SamplingParams, *, record: bool = False, top: int = 0
+    ) -> Request:
+        self._number += 1
+        stops = self._runner.stop_ids | params.stop_token_ids
+        return Request(
+            rid=rid,
+            prompt_ids=ids,
+            params=params,
+            stop_ids=frozenset(token for token in stops if 0 <= token < self._runner.vocab_size),
+            generator=generator(params.seed, engine_seed=self._config.random_seed, number=self._number),
+            record_routes=record,
+            top_logprobs=top,
+        )
+
+    async def _answer_or_abort(self, http: HttpRequest, rid: str, future: Future[Completion]) -> Completion:
+        answer = asyncio.ensure_future(asyncio.wrap_future(future))
+        gone = asyncio.create_task(_disconnected(http))
+        either: set[asyncio.Future[Any]] = {answer, gone}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not answer.done():
+                self._engine.abort(rid, exact=True)
+        if not answer.done():
+            raise ClientGoneError
+        return answer.result()
+
+
+def create_engine_app(config: EngineConfig, runner: Runner, engine: Engine) -> Starlette:
+    """The application; its lifespan starts and stops the engine's thread."""
+    front = Frontend(config, runner, engine)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    get, post = ["GET"], ["POST"]
+    table: list[tuple[str, Handler, list[str]]] = [
+        ("/v1/chat/completions", front.chat, post),
+        ("/generate", front.generate, [*post, "PUT"]),
+        ("/health", front.health, get),
+        ("/health_generate", front.health_generate, get),
+        ("/model_info", front.model_info, get),
+        ("/get_model_info", front.model_info, get),
+        ("/server_info", front.server_info, get),
+        ("/get_server_info", front.server_info, get),
+        ("/v1/models", front.models, get),
+        ("/v1/loads", front.loads, get),
+        ("/update_weights_from_disk", front.update_weights, post),
+        ("/flush_cache", front.flush_cache, get + post),
+        ("/pause_generation", front.pause, post),
+        ("/continue_generation", front.resume, post),
+        ("/abort_request", front.abort, post),
+    ]
+    routes = [Route(path, _guarded(handler, path), methods=methods) for path, handler, methods in table]
+    return Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _not_found, Exception: _unexpected}
+    )
+
+
+async def _not_found(http: HttpRequest, error: Exception) -> Response:
+    """404 and 405 as FastAPI, and so SGLang, words them."""
+    assert isinstance(error, HTTPException)
+    return _json({"detail": error.detail}, error.status_code)
+
+
+async def _unexpected(http: HttpRequest, error: Exception) -> Response:
+    return _json(openai_error(f"internal error: {error}", 500), 500)
+
+
+def _guarded(handler: Handler, path: str) -> Handler:
+    """The handler with errors turned into SGLang's bodies."""
+
+    async def answer(http: HttpRequest) -> Response:
+        try:
+            return await handler(http)
+        except RequestError as error:
+            body = generate_error(str(error)) if path == "/generate" else openai_error(str(error), error.status)
+            return _json(body, error.status)
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads it; the access log does
+
+    return answer
+
+
+async def _read(http: HttpRequest, kind: type[Body]) -> Body:
+    """The request's JSON body.
+
+    Raises:
+        RequestError: not JSON, or fields of a wrong type.
+    """
+    raw = await http.body()
+    try:
+        return kind.model_validate(orjson.loads(raw) if raw else {})
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"The body is not valid JSON: {error}") from error
+    except ValidationError as error:
+        raise RequestError(describe(error)) from error
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    """Returns once the client has closed the connection (the body has been read before)."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates want it: arguments of tool calls are objects, not JSON texts (as SGLang does)."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    plain = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with contextlib.suppress(orjson.JSONDecodeError):
+                function = function | {"arguments": orjson.loads(function["arguments"] or "{}")}
+            call = call | {"function": function}
+        plain.append(call)
+    return message | {"tool_calls": plain}

@@ -1,0 +1,132 @@
+"""Mismatch and flips: known numbers, and never an exception for what the arrays hold."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pacenote.replay.audit import COUNTERS, Audit, flips, mismatch
+
+
+def test_known_numbers() -> None:
+    rollout = np.array([-1.0, -2.0, -3.0, -4.0])
+    train = rollout + np.array([0.1, -0.7, 0.0, 50.0])
+    found = mismatch(train, rollout, [1, 1, 1, 0])
+    assert found.tokens == 3
+    assert found.mean_abs == pytest.approx(0.8 / 3)
+    assert found.max_abs == pytest.approx(0.7)
+    assert found.k3 == pytest.approx((math.exp(0.1) - 1.1 + math.exp(-0.7) - 0.3) / 3)
+    assert found.f_tau == pytest.approx(1 / 3)  # exp(0.7) = 2.01 > 2
+    assert mismatch(train, rollout, [1, 1, 1, 0], tau=2.1).f_tau == 0.0
+    assert mismatch(train, rollout, [1, 1, 1, 0], tau=1.05).f_tau == pytest.approx(2 / 3)
+
+
+def test_the_bound_is_on_the_ratio_both_ways() -> None:
+    train, rollout = np.log([0.9, 0.1]), np.log([0.3, 0.3])
+    assert mismatch(train, rollout, [1, 1]).f_tau == 1.0
+
+
+def test_equal_logprobs_have_no_mismatch() -> None:
+    found = mismatch([-1.0, -2.0], [-1.0, -2.0], [1, 1])
+    assert (found.mean_abs, found.max_abs, found.k3, found.f_tau, found.nan) == (0.0, 0.0, 0.0, 0.0, 0)
+
+
+def test_small_differences_are_not_lost_in_k3() -> None:
+    assert mismatch([1e-9], [0.0], [1]).k3 == pytest.approx(5e-19, rel=0.5)
+
+
+@pytest.mark.parametrize("mask", [[], [0, 0]])
+def test_no_tokens_is_nan_not_an_error(mask: list[int]) -> None:
+    found = mismatch([0.0] * len(mask), [0.0] * len(mask), mask)
+    assert found.tokens == 0
+    assert math.isnan(found.mean_abs)
+    assert math.isnan(found.f_tau)
+
+
+def test_nan_is_counted_and_left_out() -> None:
+    found = mismatch([-1.0, np.nan, -np.inf, -1.0], [-1.5, -1.0, -np.inf, np.nan], [1, 1, 1, 0])
+    assert found.nan == 2
+    assert found.tokens == 1
+    assert found.mean_abs == 0.5
+
+
+def test_infinite_differences_stay_visible() -> None:
+    found = mismatch([0.0, -1.0], [-np.inf, -1.0], [1, 1])
+    assert found.nan == 0
+    assert math.isinf(found.max_abs)
+    assert math.isinf(found.k3)
+    assert found.f_tau == 0.5
+
+
+floats = hnp.arrays(np.float32, 5, elements=st.floats(width=32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(train=floats, rollout=floats, mask=hnp.arrays(np.uint8, 5))
+def test_content_never_raises(train: np.ndarray, rollout: np.ndarray, mask: np.ndarray) -> None:
+    found = mismatch(train, rollout, mask)
+    assert found.tokens + found.nan == int((mask != 0).sum())
+    assert math.isnan(found.f_tau) or 0 <= found.f_tau <= 1
+    assert math.isnan(found.k3) == (found.tokens == 0)
+
+
+def test_shapes_and_tau_are_checked() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        mismatch([0.0], [0.0, 1.0], [1])
+    with pytest.raises(ValueError, match="tau > 0"):
+        mismatch([0.0], [0.0], [1], tau=0)
+
+
+def test_flips_compare_sets() -> None:
+    a = np.array([[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+    b = np.array([[[1, 0], [2, 4]], [[0, 1], [3, 2]], [[0, 0], [0, 0]]], dtype=np.uint8)
+    found = flips(a, b, [1, 1, 0])
+    assert found.tokens == 2
+    assert found.flipped_by_layer.tolist() == [0.0, 0.5]
+    assert found.overlap_by_layer.tolist() == [1.0, 0.75]
+    assert found.flipped == 0.25
+    assert found.any_layer == 0.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_flips_agree_with_python_sets(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (np.stack([[rng.permutation(5)[:3] for _ in range(2)] for _ in range(4)]) for _ in range(2))
+    found = flips(a, b, np.ones(4))
+    for layer in range(2):
+        pairs = [(set(a[t, layer]), set(b[t, layer])) for t in range(4)]
+        assert found.flipped_by_layer[layer] == np.mean([x != y for x, y in pairs])
+        assert found.overlap_by_layer[layer] == pytest.approx(np.mean([len(x & y) / 3 for x, y in pairs]))
+
+
+def test_flips_of_nothing_are_nan() -> None:
+    found = flips(np.zeros((2, 3, 1)), np.zeros((2, 3, 1)), [0, 0])
+    assert found.tokens == 0
+    assert np.isnan(found.flipped_by_layer).all()
+    assert len(found.flipped_by_layer) == 3
+    assert math.isnan(found.flipped)
+
+
+def test_flips_check_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\[T, L, K\]"):
+        flips(np.zeros((2, 3, 1)), np.zeros((2, 3, 2)), [1, 1])
+    with pytest.raises(ValueError, match=r"mask \[T\]"):
+        flips(np.zeros((2, 3, 1)), np.zeros((2, 3, 1)), [1])
+
+
+def test_audit_by_name_and_as_a_table() -> None:
+    counts = {name: np.array([index, 10], dtype=np.int64) for index, name in enumerate(COUNTERS)}
+    made = Audit(layers=(1, 3), **counts)
+    assert made.total("flipped") == COUNTERS.index("flipped") + 10
+    assert made["pad"].tolist() == [COUNTERS.index("pad"), 10]
+    lines = made.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "1", "3", "sum"]
+    assert lines[-1].split()[1] == "10"
+    with pytest.raises(KeyError, match="expected one of replayed"):
+        made["nothing"]
