@@ -1,4 +1,4 @@
-"""Argument checks of the ops, in one wording: what was expected, what came."""
+"""Argument checks of the ops, in one wording: what was expected, what came, what to do."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 
 
-def tensor(value: object, name: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], like: Tensor) -> None:
-    """Check dtype, shape (None: any size) and device of an argument.
+def tensor(
+    value: object, name: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """Check dtype, device and shape of an argument, for example [T, None]; None is any size.
 
     Raises:
         ValueError: it is something else.
     """
     wanted = f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    kinds = " or ".join(map(short, dtypes))
     if not isinstance(value, Tensor):
         raise ValueError(f"expected {name} as a tensor {wanted} of {kinds}, got {type(value).__name__}")
-    same = value.ndim == len(shape) and all(w in (None, s) for w, s in zip(shape, value.shape, strict=True))
+    same = value.ndim == len(shape) and all(w is None or w == s for w, s in zip(shape, value.shape, strict=True))
     if not same or value.dtype not in dtypes:
-        raise ValueError(
-            f"expected {name} {wanted} of {kinds}, got {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-        )
-    if value.device != like.device:
-        raise ValueError(f"expected {name} on {like.device} as the other arguments, got {value.device}: move it first")
+        raise ValueError(f"expected {name} {wanted} of {kinds}, got {list(value.shape)} of {short(value.dtype)}")
+    if value.device != device:
+        raise ValueError(f"expected {name} on {device} as the other arguments, got {value.device}: move it first")
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name without its module."""
+    return str(dtype).removeprefix("torch.")

@@ -1,19 +1,28 @@
-"""Logprob and entropy of targets, without logits of the whole batch. Definition: `reference.logprob_from_logits`.
+"""Logprob and entropy of targets, in chunks, so that no array [T, V] lives across chunks. Definition: reference.logprob.
+
+The backward pass recomputes a chunk's logits from hidden states; what is kept is [T]: the log of the partition sum and
+the entropy. With z the logits over the temperature, p = softmax(z), y the target, H the entropy:
+
+    d logprob / dz = onehot(y) - p        d H / dz = -p (log p + H)
 
 Legend: T tokens, D model, V vocabulary, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from pacenote.kernels import check, reference
+from pacenote.kernels import check
+from pacenote.kernels.reference import wide
 
-CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk
+CHUNK_NUMBERS = 2**25
+"""Logits of a chunk by default: 128 MiB in float32."""
 
 
 def linear_logprob(
@@ -28,42 +37,43 @@ def linear_logprob(
     mask: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy of each target under softmax((hidden @ weight.T + bias) / temperature).
+    """Logprob and entropy (nats) of each target under softmax((hidden weight^T + bias) / temperature).
 
     Args:
-        hidden: [..., D] floating.
-        weight: [V, D], the LM head.
-        targets: [...] int64, of hidden's leading shape, or [T] for a hidden of [1, T, D].
-        temperature: a number above 0, or a tensor of targets' shape.
-        bias: [V] or None.
-        ignore_index: target that is not computed: logprob and entropy 0, gradient exactly 0.
-        vocab_bound: entries of the weight that are real; padded ones behind it are not in the partition function.
-        mask: targets' shape, non-zero where a token is wanted; the others skip the LM head as ignored ones do.
-        chunk: tokens a chunk; None takes as many as fit 64 MiB of fp32 logits.
+        hidden: [..., D] floating; its leading shape is that of `targets`, or [1, T] against [T].
+        weight: [V, D] of the same dtype.
+        targets: [...] int64 or int32.
+        temperature: a number above 0, or such numbers [...].
+        bias: [V].
+        ignore_index: targets of this value give 0, and exactly no gradient.
+        vocab_bound: real vocabulary; the entries from here on are padding and have no probability.
+        mask: [...] bool; where it is not set the result is 0 with exactly no gradient, and no logits are computed.
+            Waits for the device once, to learn how many are set.
+        chunk: tokens whose logits exist at once.
 
     Returns:
-        logprob and entropy, of targets' shape, float32 (float64 for float64 inputs). Logits are computed in float32; at
-        most one chunk of them, [C, V], is alive at a time, in backward too, where they are computed again.
+        logprob and entropy, shaped as targets, float32 (float64 for float64 hidden states). On an accelerator a target
+        out of range, or a temperature tensor not above 0, gives NaN rather than a wait; on the CPU it raises.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a target outside the vocabulary, temperature <= 0.
+        ValueError: shapes, dtypes or devices that do not fit; a temperature or target out of range.
     """
-    flat, wanted, heat, bound = _prepare(hidden, targets, temperature, ignore_index, mask, vocab_bound, weight.shape[0])
-    check.tensor(weight, "weight", (None, hidden.shape[-1]), check.FLOATS, hidden)
+    check.tensor(weight, "weight", (None, None), check.FLOATS, hidden.device)
+    bound = _bound(vocab_bound, weight.shape[0])
+    dim = weight.shape[1]
+    flat = hidden.reshape(-1, dim) if hidden.ndim and hidden.shape[-1] == dim else hidden
+    fits = hidden.shape[:-1] in (targets.shape, (1, *targets.shape))
+    if not fits or flat.ndim != 2 or hidden.shape[-1] != dim or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"expected hidden {[*targets.shape, dim]} of {check.short(weight.dtype)} for these targets and weight, "
+            f"got {list(hidden.shape)} of {check.short(hidden.dtype)}"
+        )
     if bias is not None:
-        check.tensor(bias, "bias", (weight.shape[0],), check.FLOATS, hidden)
-    rows, goals = flat[wanted], targets.reshape(-1)[wanted]
-    _check_targets(goals, bound)
-    size = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    logprobs, entropies = [], []
-    for begin in range(0, len(rows), size):
-        part = slice(begin, begin + size)
-        warmth = heat[wanted][part] if isinstance(heat, Tensor) else heat
-        arguments: tuple[Any, ...] = (rows[part], weight, bias, goals[part], warmth, bound)
-        logprob, entropy = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-        logprobs.append(logprob)
-        entropies.append(entropy)
-    return _scatter(logprobs, wanted, targets.shape, hidden), _scatter(entropies, wanted, targets.shape, hidden)
+        check.tensor(bias, "bias", (weight.shape[0],), check.FLOATS, hidden.device)
+        bias = bias[:bound]
+    rows = _Rows.of(targets, temperature, ignore_index, bound, mask, hidden.device)
+    out = _Linear.apply(rows.take(flat), weight[:bound], bias, rows, _chunk(chunk, bound))
+    return rows.place(out[0]), rows.place(out[1])
 
 
 def logprob_from_logits(
@@ -74,75 +84,214 @@ def logprob_from_logits(
     ignore_index: int = -100,
     vocab_bound: int | None = None,
     mask: Tensor | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy of each target under softmax(logits / temperature), for logits [..., V] that exist already.
+    """As `linear_logprob`, from logits [..., V] that exist already; float32 copies exist for one chunk at a time.
 
-    Arguments, results and errors as `linear_logprob`.
+    Returns:
+        logprob and entropy, shaped as targets [...], float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: as `linear_logprob`.
     """
-    flat, wanted, heat, bound = _prepare(
-        logits, targets, temperature, ignore_index, mask, vocab_bound, logits.shape[-1]
-    )
-    goals = targets.reshape(-1)[wanted]
-    _check_targets(goals, bound)
-    warmth = heat[wanted] if isinstance(heat, Tensor) else heat
-    logprob, entropy = reference.logprob_from_logits(flat[wanted], goals, warmth, bound)
-    return _scatter([logprob], wanted, targets.shape, logits), _scatter([entropy], wanted, targets.shape, logits)
+    bound = _bound(vocab_bound, logits.shape[-1] if logits.ndim else 0)
+    fits = logits.ndim > 0 and logits.shape[:-1] in (targets.shape, (1, *targets.shape))
+    if not fits or logits.dtype not in check.FLOATS:
+        raise ValueError(
+            f"expected floating logits {[*targets.shape, 'V']} for these targets, "
+            f"got {list(logits.shape)} of {check.short(logits.dtype)}"
+        )
+    rows = _Rows.of(targets, temperature, ignore_index, bound, mask, logits.device)
+    flat = logits.reshape(-1, logits.shape[-1])[:, :bound]
+    out = _Given.apply(rows.take(flat), rows, _chunk(chunk, bound))
+    return rows.place(out[0]), rows.place(out[1])
 
 
-def _chunk(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor | float, bound: int
-) -> tuple[Tensor, Tensor]:
-    logits = reference.wide(rows) @ reference.wide(weight[:bound]).T
-    if bias is not None:
-        logits = logits + bias[:bound]
-    return reference.logprob_from_logits(logits, targets, temperature)
-
-
-def _prepare(
-    inputs: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor,
-    ignore_index: int,
-    mask: Tensor | None,
-    vocab_bound: int | None,
-    vocab: int,
-) -> tuple[Tensor, Tensor, float | Tensor, int]:
-    """Flat inputs [T, .], wanted [T] bool, temperature as a number or [T], and the vocabulary's bound."""
-    lead = tuple(inputs.shape[:-1])
-    if lead != tuple(targets.shape) and lead != (1, *targets.shape):
-        raise ValueError(f"expected targets {list(lead)} for inputs {list(inputs.shape)}, got {list(targets.shape)}")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"expected targets of int64 or int32, got {targets.dtype}")
-    if inputs.dtype not in check.FLOATS:
-        raise ValueError(f"expected floating inputs, got {inputs.dtype}")
+def _bound(vocab_bound: int | None, vocab: int) -> int:
     bound = vocab if vocab_bound is None else vocab_bound
     if not 1 <= bound <= vocab:
-        raise ValueError(f"expected vocab_bound within 1..{vocab}, got {bound}")
-    if isinstance(temperature, Tensor):
-        if temperature.shape != targets.shape:
-            raise ValueError(f"expected temperature of targets' shape {list(targets.shape)}, got {list(temperature.shape)}")
-        if bool((temperature <= 0).any()):
-            raise ValueError("expected temperatures above 0, got one that is not")
-        temperature = temperature.reshape(-1)
-    elif not temperature > 0:
-        raise ValueError(f"expected a temperature above 0, got {temperature}")
-    wanted = targets.reshape(-1) != ignore_index
-    if mask is not None:
-        if mask.shape != targets.shape:
-            raise ValueError(f"expected a mask of targets' shape {list(targets.shape)}, got {list(mask.shape)}")
-        wanted = wanted & mask.reshape(-1).bool()
-    return inputs.reshape(-1, inputs.shape[-1]), wanted, temperature, bound
+        raise ValueError(f"expected 1 <= vocab_bound <= V = {vocab}, got {bound}")
+    return bound
 
 
-def _check_targets(targets: Tensor, bound: int) -> None:
-    if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < bound):
-        raise ValueError(f"expected targets in 0..{bound - 1}, got {int(targets.min())}..{int(targets.max())}")
+def _chunk(chunk: int | None, vocab: int) -> int:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"expected chunk >= 1 tokens, got {chunk}")
+    return chunk or max(1, CHUNK_NUMBERS // vocab)
 
 
-def _scatter(parts: list[Tensor], wanted: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
-    """Values of the wanted tokens back at their places; 0 elsewhere."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if not parts:
-        return (like.reshape(-1)[:0].sum() + torch.zeros(shape, dtype=dtype, device=like.device)).to(dtype)
-    flat = torch.zeros(wanted.shape, dtype=dtype, device=like.device)
-    return flat.masked_scatter(wanted, torch.cat(parts)).view(shape)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The tokens that need logits.
+
+    Attributes:
+        targets: [T] int64, within the vocabulary.
+        live: [T] bool, False where the target is ignored: neither result nor gradient.
+        valid: [T] bool, False where the target is out of range or the temperature not positive: the result is NaN.
+        temperature: [T] or 0-d float32.
+        picked: [T] int64, their places among all, or None for all of them.
+        shape: of the result.
+    """
+
+    targets: Tensor
+    live: Tensor
+    valid: Tensor
+    temperature: Tensor
+    picked: Tensor | None
+    shape: torch.Size
+
+    @classmethod
+    def of(
+        cls,
+        targets: Tensor,
+        temperature: float | Tensor,
+        ignore_index: int,
+        bound: int,
+        mask: Tensor | None,
+        device: torch.device,
+    ) -> _Rows:
+        """Check targets, temperature and mask [...], and pick the tokens whose mask is set."""
+        check.tensor(targets, "targets", tuple(targets.shape), (torch.int64, torch.int32), device)
+        flat = targets.reshape(-1).long()
+        picked = None
+        if mask is not None:
+            check.tensor(mask, "mask", tuple(targets.shape), (torch.bool,), device)
+            picked = mask.reshape(-1).nonzero()[:, 0]
+            flat = flat[picked]
+        if isinstance(temperature, Tensor):
+            check.tensor(temperature, "temperature", tuple(targets.shape), check.FLOATS, device)
+            heat = wide(temperature).reshape(-1)
+            heat = heat if picked is None or not temperature.ndim else heat[picked]
+        else:
+            if not 0 < temperature < float("inf"):
+                raise ValueError(f"expected a temperature above 0, got {temperature}")
+            heat = torch.tensor(float(temperature), dtype=torch.float32, device=device)
+        live = flat != ignore_index
+        inside = (flat >= 0) & (flat < bound)
+        if device.type == "cpu" and not bool((inside | ~live).all()):
+            wrong = int(flat[~inside & live][0])
+            raise ValueError(f"expected targets in [0, {bound}) or ignore_index={ignore_index}, got {wrong}")
+        if device.type == "cpu" and not bool((heat > 0).all()):
+            raise ValueError(f"expected temperatures above 0, got {float(heat[~(heat > 0)].reshape(-1)[0])}")
+        return cls(flat.clamp(0, bound - 1), live, inside & (heat > 0), heat, picked, targets.shape)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Rows of [all, any] that need logits."""
+        return values if self.picked is None else values[self.picked]
+
+    def place(self, values: Tensor) -> Tensor:
+        """[T] back among all, zeros elsewhere, in the shape of the targets."""
+        if self.picked is None:
+            return values.reshape(self.shape)
+        full = values.new_zeros(self.shape.numel())
+        return full.index_copy(0, self.picked, values).reshape(self.shape)
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        """Slices of at most `size` tokens."""
+        for start in range(0, len(self.targets), size):
+            yield slice(start, min(start + size, len(self.targets)))
+
+    def heat(self, part: slice) -> Tensor:
+        """Temperature of a chunk, [C, 1] or 0-d."""
+        return self.temperature[part, None] if self.temperature.ndim else self.temperature
+
+
+def _score(z: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob [C], entropy [C] and log partition sum [C] of a chunk's scaled logits z [C, V]."""
+    live, valid = rows.live[part], rows.valid[part]
+    lse = z.logsumexp(dim=1)
+    chosen = z.gather(1, rows.targets[part, None])[:, 0] - lse
+    logp = z - lse[:, None]
+    p = logp.exp()
+    # p log p is 0 at p = 0, where the logarithm may be -inf
+    entropy = -torch.where(p > 0, p * logp, 0.0).sum(dim=1)
+    nan = float("nan")
+    entropy = torch.where(lse.isfinite(), entropy, nan)
+    chosen, entropy = torch.where(valid, chosen, nan), torch.where(valid, entropy, nan)
+    return torch.where(live, chosen, 0.0), torch.where(live, entropy, 0.0), lse
+
+
+def _slope(z: Tensor, rows: _Rows, part: slice, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Tensor:
+    """Gradient [C, V] of a chunk's unscaled logits, from its scaled ones; exactly 0 for ignored tokens."""
+    entropy, lse = (x[part, None] for x in saved)
+    chosen_grad, entropy_grad = (g[part, None].to(z.dtype) for g in grads)
+    logp = z - lse
+    p = logp.exp()
+    slope = torch.where(p > 0, -p * (chosen_grad + entropy_grad * (logp + entropy)), 0.0)
+    slope.scatter_add_(1, rows.targets[part, None], chosen_grad)
+    slope = torch.where(rows.valid[part, None] & lse.isfinite(), slope, float("nan"))
+    return torch.where(rows.live[part, None], slope / rows.heat(part), 0.0)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [C, V] in float32 or float64 of hidden states [C, D]."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)  # inputs as they are, sums and result in float32
+    else:
+        logits = wide(x) @ wide(weight).t()
+    return logits if bias is None else logits + bias
+
+
+class _Linear(torch.autograd.Function):
+    """Chunked logprob and entropy of hidden states; logits are recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, chunk: int) -> Any:
+        """hidden [T, D], weight [V, D], bias [V] -> logprob [T], entropy [T]."""
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        chosen, entropy, lse = (torch.empty(len(hidden), dtype=kind, device=hidden.device) for _ in range(3))
+        for part in rows.chunks(chunk):
+            x = torch.where(rows.live[part, None], hidden[part], 0.0)
+            z = _project(x, weight, bias) / rows.heat(part)
+            chosen[part], entropy[part], lse[part] = _score(z, rows, part)
+        ctx.rows, ctx.chunk = rows, chunk
+        ctx.save_for_backward(hidden, weight, bias, entropy, lse)
+        return chosen, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, chosen_grad: Tensor, entropy_grad: Tensor) -> Any:
+        """Gradients of hidden [T, D], weight [V, D], bias [V]; the latter two summed in float32, chunk after chunk."""
+        hidden, weight, bias, entropy, lse = ctx.saved_tensors
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if want_bias else None
+        for part in ctx.rows.chunks(ctx.chunk):
+            x = torch.where(ctx.rows.live[part, None], hidden[part], 0.0)  # 0 * NaN must not reach the weight
+            z = _project(x, weight, bias) / ctx.rows.heat(part)
+            slope = _slope(z, ctx.rows, part, (entropy, lse), (chosen_grad, entropy_grad))
+            if grad_hidden is not None:
+                grad_hidden[part] = slope.to(weight.dtype) @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.t(), x.to(slope.dtype))
+            if grad_bias is not None:
+                grad_bias += slope.sum(dim=0)
+        cast = [g if g is None else g.to(like.dtype) for g, like in ((grad_weight, weight), (grad_bias, bias))]
+        return grad_hidden, *cast, None, None
+
+
+class _Given(torch.autograd.Function):
+    """Chunked logprob and entropy of logits that exist."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: _Rows, chunk: int) -> Any:
+        """logits [T, V] -> logprob [T], entropy [T]."""
+        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        chosen, entropy, lse = (torch.empty(len(logits), dtype=kind, device=logits.device) for _ in range(3))
+        for part in rows.chunks(chunk):
+            chosen[part], entropy[part], lse[part] = _score(wide(logits[part]) / rows.heat(part), rows, part)
+        ctx.rows, ctx.chunk = rows, chunk
+        ctx.save_for_backward(logits, entropy, lse)
+        return chosen, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, chosen_grad: Tensor, entropy_grad: Tensor) -> Any:
+        """Gradient [T, V] of the logits, in their dtype."""
+        logits, entropy, lse = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for part in ctx.rows.chunks(ctx.chunk):
+            z = wide(logits[part]) / ctx.rows.heat(part)
+            grad[part] = _slope(z, ctx.rows, part, (entropy, lse), (chosen_grad, entropy_grad)).to(grad.dtype)
+        return grad, None, None

@@ -1,7 +1,6 @@
-"""Ragged samples -> one packed training batch, every array of it written from one index map.
+"""Ragged samples -> one packed batch: inputs, targets, masks, logprobs, positions and routes, read through one map.
 
-A sample of N tokens becomes N-1 positions: inputs tokens[:-1], targets tokens[1:], and row i beside input i.
-Legend: N tokens of a sample, T positions of the batch, S samples, L MoE layers, K top-k.
+Legend: N tokens of a sample, S samples kept, T positions of the batch, L MoE layers, E experts, K experts a token.
 """
 
 from __future__ import annotations
@@ -12,62 +11,73 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pacenote.kernels import reference
 from pacenote.kernels.spec import CACHED, DECODE, FREE, PAD, PREFILL, REPLAY
 
-REPLAYED_PROVENANCE = (PREFILL, DECODE, CACHED)
-
 
 class Sample(Protocol):
-    """What `pack` reads of a sample; `rollout.trajectory.Trajectory` is one.
+    """What is packed: arrays of one length N; rows and their provenance have N - 1. A `num_experts` is used if there.
 
-    tokens [N] int32, loss_mask [N] uint8, logprobs [N] float32, experts [N-1, L, K] uint8 | uint16 or None,
-    provenance [N-1] uint8, version [N] int32 (weight version that wrote token and row i), num_experts E or None.
+    tokens [N] integer, loss_mask [N] uint8 or bool, logprobs [N] float32 (of the rollout), experts [N-1, L, K] uint8 or
+    uint16 or None, provenance [N-1] uint8, version [N] int32 (the weights that wrote token i and row i).
     """
 
     @property
-    def tokens(self) -> NDArray[Any]: ...  # noqa: D102
+    def tokens(self) -> NDArray[Any]:
+        """[N] integer."""
+
     @property
-    def loss_mask(self) -> NDArray[Any]: ...  # noqa: D102
+    def loss_mask(self) -> NDArray[Any]:
+        """[N] uint8 or bool."""
+
     @property
-    def logprobs(self) -> NDArray[Any]: ...  # noqa: D102
+    def logprobs(self) -> NDArray[Any]:
+        """[N] float32."""
+
     @property
-    def experts(self) -> NDArray[Any] | None: ...  # noqa: D102
+    def experts(self) -> NDArray[Any] | None:
+        """[N-1, L, K] uint8 or uint16."""
+
     @property
-    def provenance(self) -> NDArray[Any]: ...  # noqa: D102
+    def provenance(self) -> NDArray[Any]:
+        """[N-1] uint8."""
+
     @property
-    def version(self) -> NDArray[Any]: ...  # noqa: D102
-    @property
-    def num_experts(self) -> int | None: ...  # noqa: D102
+    def version(self) -> NDArray[Any]:
+        """[N] int32."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """Rows and what may be done with them, inseparable.
-
-    rows: [T, L, K] uint8 | uint16 (or a signed type); stored layer-major, so that rows[:, l] is contiguous.
-    state: [T] uint8 of FREE, REPLAY, PAD.
-    num_experts: E, if known.
-    """
+    """rows [T, L, K] uint8 or uint16, stored layer-major (rows[:, l] is contiguous); state [T] uint8 of FREE, REPLAY, PAD."""
 
     rows: Tensor
     state: Tensor
-    num_experts: int | None = None
+    num_experts: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """A packed batch of T positions on one device.
+    """Samples end to end; position p reads tokens[p] and predicts targets[p]. Padding stands at the end.
 
-    tokens [T] int32 inputs; targets [T] int64 the token after each; loss_mask [T] bool whether the target is trained;
-    logprobs [T] float32 the rollout's logprob of the target, 0 where it is not trained; advantages [T] float32;
-    old_logprobs [T] float32 or None: the old policy's, which the trainer fills in; positions [T] int64, restarting;
-    cu_seqlens [S+1] int32, padding not counted; segment_ids [T] int32, -1 for padding; routes or None.
-    kept: index among the given samples of each of the `num_samples` packed ones; dropped: samples that had nothing
-    left to train on; padding: positions of padding at the end.
+    Attributes:
+        tokens: [T] int32, inputs; 0 in padding.
+        targets: [T] int64, the next token everywhere; 0 in padding.
+        loss_mask: [T] bool, whether the target is trained.
+        logprobs: [T] float32, the rollout's, of the target; 0 where the mask is.
+        advantages: [T] float32, of the target.
+        old_logprobs: [T] float32 of the old policy, or None until the trainer has computed them.
+        positions: [T] int64, from 0 in each sample, and in the padding.
+        cu_seqlens: [S+1] int32, where each sample starts; the last entry is T without the padding.
+        segment_ids: [T] int32, the sample; -1 in padding.
+        routes: experts of every position, or None when no sample brought any.
+        num_samples: S, the samples with something to train on.
+        kept: [S], which of the samples given these are.
+        dropped: samples without anything to train on.
+        padding: positions of padding.
     """
 
     tokens: Tensor
@@ -75,31 +85,24 @@ class PackedBatch:
     loss_mask: Tensor
     logprobs: Tensor
     advantages: Tensor
+    old_logprobs: Tensor | None
     positions: Tensor
     cu_seqlens: Tensor
     segment_ids: Tensor
     routes: Routes | None
+    num_samples: int
     kept: tuple[int, ...]
     dropped: int
     padding: int
-    old_logprobs: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """T, positions including padding."""
-        return int(self.tokens.shape[0])
-
-    @property
-    def num_samples(self) -> int:
-        """S, samples packed."""
-        return len(self.kept)
+        """T, padding included."""
+        return self.tokens.shape[0]
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments of a transformers model: input_ids [1, T] and restarting position_ids [1, T], without a cache.
-
-        With a cache, restarting positions are silently wrong, so it is switched off here.
-        """
+        """Arguments of a transformers model: input_ids and position_ids [1, T] int64, no cache (it would misread these)."""
         return {"input_ids": self.tokens.long()[None], "position_ids": self.positions[None], "use_cache": False}
 
 
@@ -108,117 +111,192 @@ def pack(
     *,
     max_len: int | None = None,
     device: torch.device | str = "cpu",
-    advantages: Sequence[float | ArrayLike] | None = None,
+    advantages: Sequence[float | NDArray[Any]] | None = None,
     pad_to_multiple: int = 1,
-    replay_provenance: Sequence[int] = REPLAYED_PROVENANCE,
+    num_experts: int | None = None,
+    layers: Sequence[int] | None = None,
+    replay_provenance: Sequence[int] = (PREFILL, DECODE, CACHED),
 ) -> PackedBatch:
-    """Pack samples into one batch.
+    """Pack samples [N] into N - 1 positions each: inputs tokens[:-1], targets tokens[1:], row i for input i.
+
+    A row is replayed if its provenance is in `replay_provenance` and its weight version is that of the next trained
+    target at or after it (for rows behind the last one: of the last one); every other row is routed freely.
 
     Args:
-        samples: ragged samples; all with experts of one shape, or none with experts.
-        max_len: longest sample in tokens: the beginning is kept, the tail is cut.
-        device: where the batch goes; arrays travel once, in their narrow dtypes.
-        advantages: one number a sample, or one [N] array a sample (of the token that is trained); None: zeros.
-        pad_to_multiple: T is rounded up to a multiple of this.
-        replay_provenance: provenance codes whose rows may be replayed. A row is, if in addition its weight version is
-            that of the logprobs it serves: of the first trained token after it (the last one, behind it).
+        samples: the trajectories.
+        max_len: tokens a sample may have; the tail beyond is cut from every array alike.
+        device: where the batch goes.
+        advantages: a number a sample, or an array [N] of its tokens; None: zeros, for scoring.
+        pad_to_multiple: T becomes a multiple of this.
+        num_experts: E; None takes it from the samples. Needed for padding, and decides uint8 (E <= 256) or uint16.
+        layers: indices into the rows' L axis to take, in this order; None takes all.
+        replay_provenance: codes of `kernels.spec`.
 
     Raises:
-        ValueError: no samples, samples that disagree about their experts, or arguments out of range.
+        ValueError: arrays of a sample whose lengths disagree, samples whose rows have different [L, K], ids that their
+            dtype cannot hold, a logprob or advantage of a trained token that is not finite.
     """
-    _check(samples, max_len, advantages, pad_to_multiple)
-    lengths = [len(s.tokens) if max_len is None else min(len(s.tokens), max_len) for s in samples]
-    kept = [i for i, s in enumerate(samples) if np.asarray(s.loss_mask[1 : lengths[i]]).any()]
-    picked = [(samples[i], lengths[i]) for i in kept]
-    sizes = np.array([length - 1 for _, length in picked], dtype=np.int64)
-    padding = -int(sizes.sum()) % pad_to_multiple
-    source = reference.index_map(torch.from_numpy(sizes), padding)
+    if (max_len is not None and max_len < 2) or pad_to_multiple < 1:
+        raise ValueError(f"expected max_len >= 2 and pad_to_multiple >= 1, got {max_len} and {pad_to_multiple}")
+    if advantages is not None and len(advantages) != len(samples):
+        raise ValueError(f"expected an advantage for each of {len(samples)} samples, got {len(advantages)}")
+    for index, sample in enumerate(samples):
+        _check_sample(sample, index)
+    lengths = [min(len(sample.tokens), max_len or len(sample.tokens)) for sample in samples]
+    kept = tuple(i for i, (sample, n) in enumerate(zip(samples, lengths, strict=True)) if sample.loss_mask[1:n].any())
+    chosen = [samples[i] for i in kept]
 
-    def ragged(arrays: list[NDArray[Any]], dtype: torch.dtype) -> Tensor:
-        joined = np.concatenate(arrays) if arrays else np.zeros(0)
-        return torch.from_numpy(joined).to(dtype).to(device, non_blocking=True)
+    index = reference.pack_index(
+        torch.tensor([len(sample.tokens) for sample in chosen], dtype=torch.int64),
+        torch.tensor([lengths[i] for i in kept], dtype=torch.int64),
+    )
+    length = len(index.token)
+    padding = -length % pad_to_multiple
+    mask = _joined([np.asarray(s.loss_mask, dtype=bool) for s in chosen], np.bool_)[index.token + 1]
+    tokens = _joined([s.tokens for s in chosen], np.int32)
+    given = [
+        np.broadcast_to(np.asarray(0.0 if advantages is None else advantages[i]), len(samples[i].tokens)) for i in kept
+    ]
+    routes = _routes(chosen, [lengths[i] for i in kept], index, padding, num_experts, layers, replay_provenance)
 
-    index = reference.IndexMap(*(part.to(device) for part in source))
-    mask = reference.place(ragged([np.asarray(s.loss_mask[1:n]) for s, n in picked], torch.bool), index)
-    logprobs = reference.place(ragged([np.asarray(s.logprobs[1:n]) for s, n in picked], torch.float32), index)
-    gains = [_advantage(advantages, i, n) for i, (_, n) in zip(kept, picked, strict=True)]
+    def place(values: Tensor, fill: int) -> Tensor:
+        """[T] on the device, from [T without padding]."""
+        return torch.cat([values, values.new_full((padding,), fill)]).to(device, non_blocking=True)
+
+    counts = torch.tensor([lengths[i] - 1 for i in kept], dtype=torch.int32)
     return PackedBatch(
-        tokens=reference.place(ragged([s.tokens[: n - 1] for s, n in picked], torch.int32), index),
-        targets=reference.place(ragged([s.tokens[1:n] for s, n in picked], torch.int64), index),
-        loss_mask=mask,
-        logprobs=torch.where(mask, logprobs, 0.0),
-        advantages=torch.where(mask, reference.place(ragged(gains, torch.float32), index), 0.0),
-        positions=index.position,
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)).to(device),
-        segment_ids=index.segment,
-        routes=_routes(picked, index, device, tuple(replay_provenance)),
-        kept=tuple(kept),
+        tokens=place(tokens[index.token], 0),
+        targets=place(tokens[index.token + 1].long(), 0),
+        loss_mask=place(mask, 0),
+        logprobs=place(_trained([s.logprobs for s in chosen], index, mask, "logprob"), 0),
+        advantages=place(_trained(given, index, mask, "advantage"), 0),
+        old_logprobs=None,
+        positions=torch.cat([index.position, torch.arange(padding)]).to(device, non_blocking=True),
+        cu_seqlens=torch.cat([counts.new_zeros(1), counts.cumsum(0).int()]).to(device, non_blocking=True),
+        segment_ids=place(index.segment.int(), -1),
+        routes=None
+        if routes is None
+        else Routes(
+            rows=routes.rows.to(device, non_blocking=True).transpose(0, 1),
+            state=routes.state.to(device, non_blocking=True),
+            num_experts=routes.num_experts,
+        ),
+        num_samples=len(kept),
+        kept=kept,
         dropped=len(samples) - len(kept),
         padding=padding,
     )
 
 
+def _joined(arrays: Sequence[NDArray[Any]], dtype: Any) -> Tensor:
+    """Arrays end to end, as a tensor of a dtype."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(np.asarray(a, dtype) for a in arrays)]))
+
+
+def _trained(arrays: Sequence[NDArray[Any]], index: reference.PackIndex, mask: Tensor, name: str) -> Tensor:
+    """[T] float32 of the targets, 0 where the mask [T] is; refuses what is not finite where it is set."""
+    values = torch.where(mask, _joined(arrays, np.float32)[index.token + 1], 0.0)
+    if not values.isfinite().all():
+        at = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"expected finite {name}s for trained tokens, got {float(values[at])} for token {int(index.position[at]) + 1} "
+            f"of kept sample {int(index.segment[at])}: mask the token or drop the sample"
+        )
+    return values
+
+
+def _check_sample(sample: Sample, index: int) -> None:
+    n = len(sample.tokens)
+    rows = max(n - 1, 0)
+    wanted = {"tokens": n, "loss_mask": n, "logprobs": n, "version": n, "provenance": rows}
+    for name, size in wanted.items():
+        shape = np.shape(getattr(sample, name))
+        if shape != (size,):
+            raise ValueError(f"expected sample {index}'s {name} [{size}] for its {n} tokens, got {list(shape)}")
+    experts = sample.experts
+    if experts is None:
+        return
+    if experts.ndim != 3 or len(experts) != rows or experts.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"expected sample {index}'s experts [{rows}, L, K] of uint8 or uint16 for its {n} tokens, "
+            f"got {list(experts.shape)} of {experts.dtype}"
+        )
+
+
 def _routes(
-    picked: Sequence[tuple[Sample, int]], index: reference.IndexMap, device: torch.device | str, allowed: tuple[int, ...]
+    samples: Sequence[Sample],
+    lengths: Sequence[int],
+    index: reference.PackIndex,
+    padding: int,
+    num_experts: int | None,
+    layers: Sequence[int] | None,
+    replay_provenance: Sequence[int],
 ) -> Routes | None:
-    if not picked or picked[0][0].experts is None:
+    """Routes whose rows are [L, T, K], on the host. Samples without rows get the padding's experts, routed freely."""
+    shapes = {sample.experts.shape[1:] for sample in samples if sample.experts is not None}
+    if not shapes:
         return None
-    rows = [np.asarray(s.experts)[: n - 1] for s, n in picked]
-    num_experts = picked[0][0].num_experts
-    limit = num_experts or (1 << (8 * rows[0].dtype.itemsize))
-    joined = np.concatenate(rows)
-    narrow = torch.from_numpy(joined).dtype
-    # uint16 has few operators in torch; its bits travel as int16.
-    flat = torch.from_numpy(joined.view(np.int16) if narrow == torch.uint16 else joined).to(device, non_blocking=True)
-    states = [row_states(s, n, allowed) for s, n in picked]
-    state = torch.from_numpy(np.concatenate(states)).to(device)
-    pads = reference.pad_experts(index.source.shape[0], rows[0].shape[2], limit, flat.device).to(flat.dtype)
-    layer_major = torch.stack(
-        [reference.place(flat[:, layer], index, padding=pads) for layer in range(flat.shape[1])]
-    )
-    return Routes(layer_major.view(narrow).permute(1, 0, 2), reference.place(state, index, padding=PAD), num_experts)
-
-
-def row_states(sample: Sample, length: int, allowed: Sequence[int]) -> NDArray[np.uint8]:
-    """State [length-1] uint8 of each row of a sample cut to `length` tokens: REPLAY or FREE, as `pack` defines it."""
-    rows = length - 1
-    trained = np.flatnonzero(np.asarray(sample.loss_mask[:length]))
-    trained = trained[trained > 0]
-    version = np.asarray(sample.version)
-    if not len(trained):
-        return np.full(rows, FREE, dtype=np.uint8)
-    following = np.minimum(np.searchsorted(trained, np.arange(1, rows + 1)), len(trained) - 1)
-    same = version[:rows] == version[trained[following]]
-    return np.where(np.isin(sample.provenance[:rows], allowed) & same, REPLAY, FREE).astype(np.uint8)
-
-
-def _advantage(advantages: Sequence[float | ArrayLike] | None, i: int, length: int) -> NDArray[Any]:
-    value = np.asarray(0.0 if advantages is None else advantages[i], dtype=np.float32)
-    return np.broadcast_to(value, (length - 1,)) if value.ndim == 0 else value[1:length]
-
-
-def _check(
-    samples: Sequence[Sample], max_len: int | None, advantages: Sequence[float | ArrayLike] | None, multiple: int
-) -> None:
-    if max_len is not None and max_len < 2:
-        raise ValueError(f"expected max_len of at least 2 tokens, an input and a target, got {max_len}")
-    if multiple < 1:
-        raise ValueError(f"expected pad_to_multiple of at least 1, got {multiple}")
-    if advantages is not None and len(advantages) != len(samples):
-        raise ValueError(f"expected one advantage a sample ({len(samples)}), got {len(advantages)}")
-    shapes = set()
-    for number, sample in enumerate(samples):
-        n = len(sample.tokens)
-        for name, want in (("loss_mask", n), ("logprobs", n), ("version", n), ("provenance", max(n - 1, 0))):
-            if len(getattr(sample, name)) != want:
-                raise ValueError(
-                    f"sample {number}: expected {name} of {want} for {n} tokens, got {len(getattr(sample, name))}"
-                )
-        rows = sample.experts
-        if rows is not None and len(rows) != max(n - 1, 0):
-            raise ValueError(f"sample {number}: expected {n - 1} rows for {n} tokens, got {len(rows)}")
-        shapes.add(None if rows is None else (*rows.shape[1:], rows.dtype.name, sample.num_experts))
-        if advantages is not None and np.ndim(advantages[number]) and np.shape(advantages[number]) != (n,):
-            raise ValueError(f"sample {number}: expected advantages [{n}], got {list(np.shape(advantages[number]))}")
     if len(shapes) > 1:
-        raise ValueError(f"expected samples with experts of one shape, dtype and E, or all without, got {sorted(map(str, shapes))}")
+        raise ValueError(f"expected samples with rows of one shape [L, K], got {sorted(shapes)}")
+    [(num_layers, k)] = shapes
+    num_experts = _num_experts(samples, num_experts)
+    filler = padding or any(sample.experts is None for sample in samples)
+    if num_experts is None and filler:
+        raise ValueError("expected num_experts: padding, and samples without rows, are spread over the expert range")
+    dtype = _row_dtype(samples, num_experts)
+    spread = reference.pad_experts(len(index.row) + padding, k, num_experts or 1, "cpu").numpy().astype(dtype)
+    flat = np.concatenate(
+        [
+            np.broadcast_to(spread[: len(s.tokens) - 1, None], (len(s.tokens) - 1, num_layers, k))
+            if s.experts is None
+            else s.experts
+            for s in samples
+        ]
+    ).astype(dtype, copy=False)
+    take = np.arange(num_layers) if layers is None else np.asarray(layers, dtype=np.int64)
+    if len(take) and not (0 <= take.min() and take.max() < num_layers):
+        raise ValueError(f"expected layers within the {num_layers} of the samples' rows, got {list(take)}")
+    rows = np.empty((len(take), len(index.row) + padding, k), dtype)
+    source = index.row.numpy()
+    for place, layer in enumerate(take):
+        rows[place, : len(source)] = flat[source, layer]
+        rows[place, len(source) :] = spread[len(source) :]
+    state = np.full(len(source) + padding, PAD, np.uint8)
+    replayed = [_replayed(s, n, replay_provenance) for s, n in zip(samples, lengths, strict=True)]
+    state[: len(source)] = np.where(np.concatenate(replayed), REPLAY, FREE)
+    return Routes(rows=torch.from_numpy(rows), state=torch.from_numpy(state), num_experts=num_experts)
+
+
+def _num_experts(samples: Sequence[Sample], given: int | None) -> int | None:
+    """E as given, or as the samples say."""
+    known = {getattr(sample, "num_experts", None) for sample in samples if sample.experts is not None} - {None}
+    if given is not None:
+        known |= {given}
+    if len(known) > 1:
+        raise ValueError(f"expected samples of one number of experts, got {sorted(known)}")
+    return next(iter(known), None)
+
+
+def _row_dtype(samples: Sequence[Sample], num_experts: int | None) -> Any:
+    """uint8 or uint16 by the number of experts, never by the data."""
+    given = {sample.experts.dtype for sample in samples if sample.experts is not None}
+    if num_experts is None:
+        return np.uint16 if np.dtype(np.uint16) in given else np.uint8
+    if num_experts > 256 and np.dtype(np.uint8) in given:
+        raise ValueError(f"expected rows of {num_experts} experts as uint16, got uint8")
+    wide = (s.experts for s in samples if s.experts is not None and s.experts.dtype == np.uint16 and s.experts.size)
+    if num_experts <= 256 and any(experts.max() > 255 for experts in wide):
+        raise ValueError(f"expected ids below {num_experts} in rows of {num_experts} experts, got ids above 255")
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+def _replayed(sample: Sample, length: int, replay_provenance: Sequence[int]) -> NDArray[np.bool_]:
+    """[length - 1] bool: rows that were written by known passes of the very weights whose logprobs are trained on."""
+    rows = length - 1
+    if sample.experts is None:
+        return np.zeros(rows, np.bool_)
+    trained = np.flatnonzero(sample.loss_mask[1:length])  # target i + 1 belongs to row i
+    follows = np.minimum(np.searchsorted(trained, np.arange(rows)), len(trained) - 1)
+    version = np.asarray(sample.version)
+    same = version[:rows] == version[trained[follows] + 1]
+    return np.asarray(np.isin(sample.provenance[:rows], list(replay_provenance)) & same, dtype=np.bool_)

@@ -1,37 +1,41 @@
-"""Routing replay: recorded experts, weights from the trainer's own logits. See `reference.replay_topk` for the definition.
+"""Routing replay: recorded experts, weights from the trainer's own logits. `reference.replay_topk` is the definition.
+
+CPU tensors take the reference; CUDA and ROCm take the kernels of `route_triton`, and so does the CPU in Triton's
+interpreter; all through one custom op, so that eager, autograd and torch.compile see the same.
 
 Legend: T tokens, E experts, K top-k.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pacenote.kernels import check, reference
+from pacenote.kernels import check, launch, reference
+from pacenote.kernels.reference import COUNTERS
 from pacenote.kernels.spec import FREE, MAX_EXPERTS, MAX_TOP_K, PAD, REPLAY, RouterSpec
 
 __all__ = ["FREE", "PAD", "REPLAY", "RouteStats", "RouterSpec", "replay_topk"]
 
-NAMES = ("replayed", "free", "duplicate", "out_of_range", "pad", "flipped", "overlap")
-
 
 @dataclass(frozen=True, slots=True)
 class RouteStats:
-    """Counters on the device: `counters` [7] int64 in the order of NAMES, added to in place, never synchronised.
+    """Counters on the device: `counters` [7] int64 in the order of reference.COUNTERS, added to in place, no waiting.
 
-    Each row counts once, in one of the first five. `flipped`: replayed rows whose recorded set is not the native one.
-    `overlap`: sum over replayed rows of the experts that both sets hold.
+    Each row counts once, in one of replayed, free, duplicate, out_of_range, pad. `flipped`: replayed rows whose recorded
+    set is not the native one. `overlap`: sum over replayed rows of the experts that both sets hold.
     """
 
     counters: Tensor
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu") -> RouteStats:
-        """Counters at zero."""
-        return cls(torch.zeros(len(NAMES), dtype=torch.int64, device=device))
+        """Counters [7] at zero."""
+        return cls(torch.zeros(len(COUNTERS), dtype=torch.int64, device=device))
 
     def reset(self) -> None:
         """Set the counters to zero."""
@@ -39,7 +43,7 @@ class RouteStats:
 
     def counts(self) -> dict[str, int]:
         """The counters by name; the only call that waits for the device."""
-        return dict(zip(NAMES, self.counters.tolist(), strict=True))
+        return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
 
 
 def replay_topk(
@@ -52,6 +56,9 @@ def replay_topk(
     stats: RouteStats | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route with the recorded experts where they are valid, with the router's own top-k where they are not.
+
+    Floor on a GPU, b bytes a row id: forward 4 T E + T K (b + 12) bytes, backward 8 T E + 12 T K, no arithmetic to
+    speak of.
 
     Args:
         logits: [T, E] floating, rows may be strided.
@@ -68,36 +75,128 @@ def replay_topk(
         ValueError: a shape, dtype or device that does not fit.
     """
     _check(logits, rows, spec, state, bias)
-    out = reference.replay_topk(logits, rows, spec, state=state, bias=bias)
+    weights, experts, counts = _forward(logits, rows, state, bias, stats is not None, *_fields(spec))
     if stats is not None:
-        _count(stats, out, rows)
-    return out.weights, out.experts
-
-
-@torch.no_grad()
-def _count(stats: RouteStats, out: reference.Routing, rows: Tensor) -> None:
-    fates = torch.stack([(out.fate == fate).sum() for fate in range(5)])
-    both = (rows.long()[:, :, None] == out.native[:, None, :]).any(dim=2).sum(dim=1)
-    both = torch.where(out.fate == reference.REPLAYED, both, rows.shape[1])
-    replayed = out.fate == reference.REPLAYED
-    flipped = (both < rows.shape[1]).sum()
-    overlap = torch.where(replayed, both, 0).sum()
-    stats.counters.add_(torch.cat([fates, torch.stack([flipped, overlap])]))
+        stats.counters.add_(counts)
+    return weights, experts
 
 
 def _check(logits: Tensor, rows: Tensor, spec: RouterSpec, state: Tensor | None, bias: Tensor | None) -> None:
-    check.tensor(logits, "logits", (None, None), check.FLOATS, logits)
+    check.tensor(logits, "logits", (None, None), check.FLOATS, logits.device)
     tokens, experts = logits.shape
-    check.tensor(rows, "rows", (tokens, None), check.IDS, logits)
-    if not 1 <= rows.shape[1] <= min(experts, MAX_TOP_K) or experts > MAX_EXPERTS:
+    check.tensor(rows, "rows", (tokens, None), check.IDS, logits.device)
+    k = rows.shape[1]
+    if not 1 <= k <= min(experts, MAX_TOP_K) or experts > MAX_EXPERTS:
+        raise ValueError(f"expected 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}, got K={k}, E={experts}")
+    if experts % spec.groups or experts // spec.groups * spec.topk_groups < k:
         raise ValueError(
-            f"expected 1 <= K <= min(E, {MAX_TOP_K}) and E <= {MAX_EXPERTS}, got K={rows.shape[1]}, E={experts}"
+            f"expected groups that divide E={experts} and hold K={k} experts when open, "
+            f"got groups={spec.groups}, topk_groups={spec.topk_groups}"
         )
-    if experts % spec.groups or (spec.groups > 1 and experts // spec.groups * spec.topk_groups < rows.shape[1]):
-        raise ValueError(f"expected groups that divide E={experts} and hold K={rows.shape[1]} when open, got {spec}")
     if rows.dtype == torch.uint8 and experts > 256:
         raise ValueError(f"expected rows of {experts} experts as uint16, int32 or int64, got uint8")
     if state is not None:
-        check.tensor(state, "state", (tokens,), (torch.uint8,), logits)
+        check.tensor(state, "state", (tokens,), (torch.uint8,), logits.device)
     if bias is not None:
-        check.tensor(bias, "bias", (experts,), check.FLOATS, logits)
+        check.tensor(bias, "bias", (experts,), check.FLOATS, logits.device)
+
+
+_SPEC = (
+    "str score, bool renormalize, float eps, float scale, SymInt groups, SymInt topk_groups, str group_score, "
+    "str score_dtype, str weight_dtype"
+)
+
+
+def _fields(spec: RouterSpec) -> tuple[Any, ...]:
+    """A spec as an op's arguments: ops take plain values."""
+    return (
+        spec.score,
+        spec.renormalize,
+        spec.eps,
+        spec.scale,
+        spec.groups,
+        spec.topk_groups,
+        spec.group_score,
+        spec.score_dtype,
+        spec.weight_dtype,
+    )
+
+
+def _spec(fields: tuple[Any, ...]) -> RouterSpec:
+    """The spec back from `_fields`."""
+    names = (
+        "score",
+        "renormalize",
+        "eps",
+        "scale",
+        "groups",
+        "topk_groups",
+        "group_score",
+        "score_dtype",
+        "weight_dtype",
+    )
+    return RouterSpec(**dict(zip(names, fields, strict=True)))
+
+
+def _op(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    return torch.library.custom_op(f"pacenote::{name}", mutates_args=(), schema=schema)
+
+
+# An op that changes an argument cannot have a gradient formula, so counts [7] are a result and the caller adds them.
+@_op(
+    "replay_topk",
+    f"(Tensor logits, Tensor rows, Tensor? state, Tensor? bias, bool count, {_SPEC}) -> (Tensor, Tensor, Tensor)",
+)
+def _forward(
+    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, *fields: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights [T, K], experts [T, K] int64, counts [7] int64, or [0] if not asked for."""
+    spec = _spec(fields)
+    if launch.takes_triton(logits):
+        from pacenote.kernels import route_triton
+
+        return route_triton.forward(logits, rows, state, bias, spec, count=count)
+    out = reference.replay_topk(logits, rows, spec, state=state, bias=bias)
+    counts = reference.route_counts(out, rows) if count else rows.new_empty(0, dtype=torch.int64)
+    return out.weights, out.experts, counts
+
+
+@_forward.register_fake
+def _(
+    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, *fields: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        logits.new_empty(rows.shape, dtype=reference.weight_dtype(logits.dtype, _spec(fields))),
+        logits.new_empty(rows.shape, dtype=torch.int64),
+        logits.new_empty(len(COUNTERS) if count else 0, dtype=torch.int64),
+    )
+
+
+@_op("replay_topk_backward", f"(Tensor logits, Tensor experts, Tensor? state, Tensor grad, {_SPEC}) -> Tensor")
+def _backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, *fields: Any) -> Tensor:
+    """Gradient [T, E] of the logits from that of the weights [T, K]."""
+    spec = _spec(fields)
+    if launch.takes_triton(logits):
+        from pacenote.kernels import route_triton
+
+        return route_triton.backward(logits, experts, state, grad, spec)
+    return reference.replay_topk_backward(logits, experts, spec, grad, state=state)
+
+
+@_backward.register_fake
+def _(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, *fields: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, state, _, _, *fields = inputs
+    ctx.save_for_backward(logits, output[1], state)
+    ctx.fields = tuple(fields)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, experts, state = ctx.saved_tensors
+    return _backward(logits, experts, state, grad.contiguous(), *ctx.fields), *(None,) * (4 + len(ctx.fields))
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)

@@ -7,24 +7,22 @@ One thread generates (`embedded_engine`), the event loop answers (`embedded_app`
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import uvicorn
 from transformers.utils import logging as transformers_logging
 
-from pacenote.rollout.embedded_app import EngineConfig, create_engine_app
+from pacenote.rollout.embedded_app import create_engine_app
+from pacenote.rollout.embedded_config import EngineConfig, parse_arguments
 from pacenote.rollout.embedded_engine import Engine
-from pacenote.rollout.embedded_model import DTYPES, ModelError, Runner
+from pacenote.rollout.embedded_model import ModelError, Runner
 from pacenote.rollout.launch import exit_with_parent
-from pacenote.rollout.toolcalls import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 
 class _Server(uvicorn.Server):
@@ -44,36 +42,6 @@ class _Server(uvicorn.Server):
     def _end(self) -> None:
         self.should_exit = True
         self._engine.abort(None)
-
-
-def parse_arguments(arguments: Sequence[str]) -> EngineConfig:
-    """Command line -> config; prints usage and exits with code 2 on bad options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pacenote.rollout.embedded",
-        description="Serve a small mixture-of-experts model over SGLang's HTTP protocol.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model-path", type=Path, required=True, help="directory with config.json, weights and tokenizer")
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=30000, help="port to listen on")
-    add("--dtype", choices=sorted(DTYPES), default="bfloat16", help="dtype of weights and activations")
-    add("--device", default="cpu", help="torch device")
-    add("--max-running-requests", type=int, default=64, help="requests that generate at once")
-    add("--context-length", type=int, help="longest request in tokens; the model's own limit if left out")
-    add("--max-prefill-tokens", type=int, default=4096, help="prompt tokens in one prefill, padding counted")
-    add("--tool-call-parser", choices=TOOL_CALL_PARSERS, help="take tool calls out of the text")
-    add("--reasoning-parser", choices=REASONING_PARSERS, help="take reasoning out of the text")
-    add("--served-model-name", help="name in answers; the model path if left out")
-    add("--random-seed", type=int, default=0, help="seed of requests without one")
-    add("--weight-version", default="default", help="version name of the first weights")
-    add("--experts-implementation", choices=("auto", "eager", "grouped_mm", "batched_mm"), default="auto")
-    add("--threads", type=int, default=1, help="CPU threads of torch")
-    parsed = parser.parse_args(arguments)
-    try:
-        return EngineConfig(**vars(parsed))
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def serve(config: EngineConfig) -> None:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from pacenote.rollout.embedded_answer import Answers, Asked
+from pacenote.rollout.embedded_config import EngineConfig
 from pacenote.rollout.embedded_engine import Engine
 from pacenote.rollout.embedded_model import Runner
+from pacenote.rollout.embedded_prompt import Prompts
 from pacenote.rollout.embedded_protocol import (
     AbortBody,
     ChatBody,
@@ -43,36 +45,6 @@ from pacenote.rollout.embedded_sampling import generator
 VERSION = "0.5.23"  # the SGLang whose protocol this is
 Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Options of the engine process, named as SGLang's server arguments."""
-
-    model_path: Path
-    host: str = "127.0.0.1"
-    port: int = 30000
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    max_running_requests: int = 64
-    context_length: int | None = None
-    max_prefill_tokens: int = 4096
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-    served_model_name: str | None = None
-    random_seed: int = 0
-    weight_version: str = "default"
-    experts_implementation: str = "auto"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("max_running_requests", "max_prefill_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
-        if self.context_length is not None and self.context_length < 2:
-            raise ValueError(f"expected context_length to be at least 2, got {self.context_length}")
-        if not 0 <= self.random_seed < 2**63:
-            raise ValueError(f"expected random_seed in [0, 2**63), got {self.random_seed}")
 
 
 class ClientGoneError(Exception):
@@ -100,16 +72,16 @@ class Frontend:
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         )
+        self._prompts = Prompts(runner.tokenizer)
         self._live: set[str] = set()
         self._number = 0
-        self._tokenizer_lock = asyncio.Lock()
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
         body = await _read(http, ChatBody)
         if body.stream:
             raise RequestError("stream=true is not supported by the embedded engine: ask without it.")
-        ids = body.input_ids if body.input_ids is not None else await self._render(body)
+        ids = body.input_ids if body.input_ids is not None else await self._prompts.render(body)
         top = (body.top_logprobs or 0) if body.logprobs else 0
         asked, done = await self._run(
             http,
@@ -131,7 +103,9 @@ class Frontend:
             raise RequestError("Either text or input_ids should be provided, and not both.")
         if body.logprob_start_len != -1:
             raise RequestError("logprob_start_len is not supported by the embedded engine: leave it out.")
-        ids = body.input_ids if body.input_ids is not None else await self._encode(body.text or "", special=True)
+        ids = (
+            body.input_ids if body.input_ids is not None else await self._prompts.encode(body.text or "", special=True)
+        )
         asked, done = await self._run(
             http,
             rid=body.rid,
@@ -237,12 +211,7 @@ class Frontend:
                 flush=body.flush_cache,
             )
         )
-        answer = {
-            "success": result.success,
-            "message": result.message,
-            "num_paused_requests": result.num_paused_requests,
-        }
-        return _json(answer, 200 if result.success else 400)
+        return _json(asdict(result), 200 if result.success else 400)
 
     async def flush_cache(self, http: HttpRequest) -> Response:
         """GET | POST /flush_cache: 400 while requests run."""
@@ -268,32 +237,6 @@ class Frontend:
             raise RequestError("give rid, or abort_all=true")
         await asyncio.wrap_future(self._engine.abort(None if body.abort_all else body.rid))
         return Response(status_code=200)
-
-    async def _render(self, body: ChatBody) -> list[int]:
-        """Messages -> prompt ids, through the tokenizer's chat template, away from the event loop."""
-        messages = [_plain_message(message) for message in body.messages]
-
-        def render() -> str:
-            text: str = self._runner.tokenizer.apply_chat_template(
-                messages,
-                tools=body.offered_tools or None,
-                tokenize=False,
-                add_generation_prompt=not body.continue_final_message,
-                continue_final_message=body.continue_final_message,
-                **(body.chat_template_kwargs or {}),
-            )
-            return text
-
-        try:
-            text = await asyncio.to_thread(render)
-        except Exception as error:  # a template is a program of its own and may raise anything
-            raise RequestError(f"the chat template refused the messages: {error}") from error
-        return await self._encode(text, special=False)
-
-    async def _encode(self, text: str, *, special: bool) -> list[int]:
-        async with self._tokenizer_lock:  # a fast tokenizer may not be configured and used at once
-            ids = await asyncio.to_thread(self._runner.tokenizer.encode, text, add_special_tokens=special)
-        return list(ids)
 
     async def _run(
         self,
@@ -456,19 +399,3 @@ async def _disconnected(http: HttpRequest) -> None:
 
 def _json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
-
-
-def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates want it: arguments of tool calls are objects, not JSON texts (as SGLang does)."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    plain = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            with contextlib.suppress(orjson.JSONDecodeError):
-                function = function | {"arguments": orjson.loads(function["arguments"] or "{}")}
-            call = call | {"function": function}
-        plain.append(call)
-    return message | {"tool_calls": plain}

@@ -198,7 +198,7 @@ def _attach(model: torch.nn.Module, path: Path) -> Replay:
     try:
         return attach(model)
     except ValueError as error:
-        raise ModelError(f"cannot record the routes of {path}: {error}") from error
+        raise ModelError(f"cannot record the routes of {path}: {str(error).splitlines()[0]}") from error
 
 
 def _refuse_windows(fields: dict[str, Any], path: Path) -> None:

@@ -59,7 +59,7 @@ def _train(words: list[str]) -> int:
             default = recipes.find(words[0])
             config = tyro.cli(
                 RunConfig, default=default, args=words[1:], prog=f"pacenote train {words[0]}",
-                description=recipes.RECIPES[words[0]].__doc__, config=(tyro.conf.FlagConversionOff,),
+                description=recipes.RECIPES[words[0]].__doc__,
             )  # fmt: skip
             run = loop.train(config)
     except ValueError as error:

@@ -42,7 +42,7 @@ class RolloutConfig:
     """Port of the embedded engine; 0 picks a free one."""
     session_port: int = 0
     """Port of the session server; 0 picks a free one."""
-    engine_threads: int = 2
+    engine_threads: int = 1
     """CPU threads of the embedded engine."""
     append_roles: tuple[str, ...] = ("tool", "user")
     """Roles an environment may append to a conversation."""
@@ -109,7 +109,8 @@ async def _collect(
     watch: Watch,
 ) -> list[Episode]:
     gate = asyncio.Semaphore(config.concurrency)
-    limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
+    # httpx searches its idle connections for every request: beyond a few dozen that costs more than a new connection.
+    limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=config.request_timeout, limits=limits, trust_env=False) as client:
 
         async def one(task: Task, number: int) -> Episode:

@@ -23,11 +23,13 @@ def _draw(title: str, paint: Any) -> str:
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
+    axes.set_axisbelow(True)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
+        corner = (1.0, 0.99)  # above the axes, so that no line runs behind it
+        axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=corner, ncols=5, handlelength=1.2)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
@@ -66,12 +68,12 @@ def _pair(rows: Rows, trained: str, native: str, title: str) -> str:
 
 def delta_logp(rows: Rows) -> str:
     """Mean |Δlogp| between engine and trainer, as trained and with the trainer's own routing."""
-    return _pair(rows, "abs_delta_logp", "abs_delta_logp_native", "Mismatch: mean |Δlogp|, engine against trainer")
+    return _pair(rows, "abs_delta_logp", "abs_delta_logp_native", "Mismatch: mean |Δlogp|")
 
 
 def k3(rows: Rows) -> str:
     """k3 KL, as trained and with the trainer's own routing."""
-    return _pair(rows, "k3_kl", "k3_kl_native", "Mismatch: k3 KL, engine against trainer")
+    return _pair(rows, "k3_kl", "k3_kl_native", "Mismatch: k3 KL")
 
 
 def flips(rows: Rows, layers: list[int]) -> str:
@@ -86,7 +88,7 @@ def flips(rows: Rows, layers: list[int]) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(bottom=0)
 
-    return _draw("Tokens routed differently, by layer", paint)
+    return _draw("Tokens routed differently", paint)
 
 
 def lengths(rows: Rows) -> str:
@@ -95,7 +97,7 @@ def lengths(rows: Rows) -> str:
     def paint(axes: Axes) -> None:
         _line(axes, rows, "length_max", "longest", GREY)
         _line(axes, rows, "length_mean", "mean", BLUE)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max([1, *(row["length_max"] for row in rows)]))
 
     return _draw("Generated tokens an episode", paint)
 

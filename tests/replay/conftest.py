@@ -51,14 +51,20 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_MLA, **_DENSE_FIRST, **_GROUPS},
     "deepseek_v32": {**_MLA, **_DENSE_FIRST, **_GROUPS, **_BY_TYPE, **_INDEXER},
     "dots1": {**_DENSE_FIRST, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
-    "exaone_moe": {**_BY_TYPE, "num_experts": 8, "layer_types": ["full_attention"] * 3},
+    "exaone_moe": {**_BY_TYPE, **_GROUPS, "num_experts": 8, "layer_types": ["full_attention"] * 3},
     "flex_olmo": {"num_experts": 8},
     "glm4_moe": {**_DENSE_FIRST, "routed_scaling_factor": 1.5},
     "glm4_moe_lite": {**_MLA, **_DENSE_FIRST},
     "glm_moe_dsa": {**_MLA, **_DENSE_FIRST, **_BY_TYPE, **_INDEXER},
     "gpt_oss": {"num_local_experts": 8, "sliding_window": 64},
     "hy_v3": {"num_experts": 8, "mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "mimo_v2_flash": {**_BY_TYPE, "n_routed_experts": 8, "layer_types": ["full_attention"] * 3, "v_head_dim": 16},
+    "mimo_v2_flash": {
+        **_BY_TYPE,
+        "n_routed_experts": 8,
+        "layer_types": ["full_attention"] * 3,
+        "v_head_dim": 16,
+        "routed_scaling_factor": 1.5,
+    },
     "minimax": {"num_local_experts": 8, "layer_types": ["full_attention"] * 3},
     "minimax_m2": {"num_local_experts": 8},
     "mixtral": {"num_local_experts": 8, "sliding_window": None},
@@ -67,7 +73,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**_LINEAR, "num_experts": 8},
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
     "qwen3_next": {**_LINEAR, "num_experts": 8},
-    "solar_open": {"n_routed_experts": 8, "n_shared_experts": 1},
+    "solar_open": {**_GROUPS, "n_routed_experts": 8, "n_shared_experts": 1, "routed_scaling_factor": 1.5},
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pacenote.kernels.pack import Routes, pack
 from pacenote.kernels.spec import FREE, REPLAY
 from pacenote.replay.errors import ReplayError, ScopeError, UnsupportedModel
 from pacenote.replay.hf import Replay, attach
@@ -22,15 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 Build = Callable[..., Any]
 BATCH, LENGTH, EXPERTS, TOP_K, LAYERS = 2, 6, 8, 2, 2
-
-
-@dataclass(frozen=True)
-class Routes:
-    """As kernels.pack.Routes: a batch's rows with their states."""
-
-    rows: Tensor
-    state: Tensor
-    num_experts: int | None = None
 
 
 @pytest.fixture
@@ -187,6 +179,51 @@ def test_routes_of_a_packed_batch(model: Any, replay: Replay) -> None:
     assert replay.audit()["free"].tolist() == [1] * LAYERS
 
 
+@dataclass(frozen=True)
+class Sample:
+    """As kernels.pack.Sample."""
+
+    tokens: Any
+    loss_mask: Any
+    logprobs: Any
+    experts: Any
+    provenance: Any
+    version: Any
+    num_experts: int
+
+
+def sample(length: int, seed: int) -> Sample:
+    given = rows(length - 1).roll(seed, 0).numpy().astype(np.uint8)
+    return Sample(
+        tokens=np.arange(3 + seed, 3 + seed + length, dtype=np.int32),
+        loss_mask=np.ones(length, dtype=np.uint8),
+        logprobs=np.full(length, -1.0, dtype=np.float32),
+        experts=given,
+        provenance=np.full(length - 1, DECODE, dtype=np.uint8),
+        version=np.zeros(length, dtype=np.int32),
+        num_experts=EXPERTS,
+    )
+
+
+def test_a_packed_batch_replays_each_sample_as_if_alone(model: Any, replay: Replay) -> None:
+    samples = [sample(7, 0), sample(4, 2)]
+    batch = pack(samples, pad_to_multiple=8)
+    assert batch.padding > 0
+    with torch.no_grad(), replay.rows(batch.routes), replay.record() as used:
+        packed = model(**batch.inputs).logits[0]
+    audit = replay.audit(reset=True)
+    assert audit["replayed"].tolist() == [9] * LAYERS
+    assert audit["pad"].tolist() == [batch.padding] * LAYERS
+    start = 0
+    for one in samples:
+        stop = start + len(one.tokens) - 1
+        assert np.array_equal(used.rows()[0, start:stop].numpy(), one.experts)
+        with replay.rows(one.experts):
+            alone = run(model, torch.from_numpy(one.tokens[:-1]).long()[None])[0]
+        torch.testing.assert_close(packed[start:stop], alone, atol=2e-5, rtol=0)
+        start = stop
+
+
 def test_layer_major_rows_are_not_copied(replay: Replay) -> None:
     stored = torch.zeros(LAYERS, LENGTH, TOP_K, dtype=torch.uint8)
     made = as_rows(Routes(stored.permute(1, 0, 2), torch.ones(LENGTH, dtype=torch.uint8)), None, replay.geometry)
@@ -220,6 +257,16 @@ def test_recording_keeps_the_last_forward_only(model: Any, replay: Replay) -> No
     assert torch.equal(both.rows(), first.rows())
     assert both.rows().dtype == torch.int32
     assert replay.audit().total("replayed") == 0  # recording alone counts nothing
+
+
+def test_recomputation_does_not_overwrite_a_recording(model: Any, replay: Replay) -> None:
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    with replay.record() as recording:
+        loss = model(input_ids=ids(1, 3), labels=ids(1, 3), use_cache=False).loss
+        run(model, ids())
+        last = recording.rows()
+        loss.backward()
+    assert torch.equal(recording.rows(), last)
 
 
 def test_recording_nothing(model: Any, replay: Replay) -> None:
@@ -372,5 +419,7 @@ def test_zero_and_huge_router_weights_pass_the_self_check(tiny: Build) -> None:
     for factor in (0.0, 1e4):
         model = tiny("glm4_moe_lite")
         for index in (1, 2):
-            model.model.layers[index].mlp.gate.weight.data.mul_(factor)
+            gate = model.model.layers[index].mlp.gate
+            gate.weight.data.mul_(factor)
+            gate.e_score_correction_bias.zero_()
         attach(model).detach()

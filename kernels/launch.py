@@ -1,0 +1,45 @@
+"""Where a kernel runs, and in which blocks. No autotuning: a few fixed choices, so that results repeat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # no wheel for this platform: everything takes the reference
+    triton = None
+
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+"""Whether Triton kernels run in its interpreter, on the CPU. Triton decides this once, when it is imported."""
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether an op on a tensor [any] launches its kernel: on CUDA and ROCm, and in the interpreter on the CPU.
+
+    float64 takes the reference: it is for oracles and gradient checks.
+    """
+    return triton is not None and x.dtype != torch.float64 and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """rows a program works on, and its warps."""
+
+    rows: int
+    warps: int
+
+
+def row_blocks(lanes: int) -> Blocks:
+    """Blocks for a kernel that holds `lanes` numbers a row in registers: about 2048 numbers a program of four warps.
+
+    The interpreter pays for programs, not for numbers: there a program takes many rows.
+    """
+    return Blocks(rows=64 if INTERPRETED else max(1, min(16, 2048 // lanes)), warps=4)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n >= 1; Triton's block shapes are such."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,166 @@
+"""A session: an append-only tree of turns. No HTTP, no waiting, no lock.
+
+Agents rewrite tails, start over, graft answers from elsewhere and ask twice; each of these is a branch. A request goes on
+from the deepest generated answer whose history it starts with. Two steps change nothing until the second: `begin` notes
+what a request competes with, `commit` adds the finished turn. Both run to their end at once, so that any number of chats
+on one session may be in flight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pacenote.rollout.messages import Message, chain
+from pacenote.rollout.trajectory import Trajectory, join
+from pacenote.rollout.turn import Answer, Prompt, Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pending:
+    """A request on its way: its prompt, and the answers to the same prompt that were there before it."""
+
+    prompt: Prompt
+    rivals: tuple[Turn, ...]
+
+
+class Session:
+    """The turns of one session id.
+
+    Args:
+        id: as in the URL.
+        recovered: it was started by a chat rather than by POST /sessions.
+    """
+
+    def __init__(self, id: str, *, recovered: bool = False) -> None:
+        self.id = id
+        self.recovered = recovered
+        self.created = time.time()
+        self._turns: list[Turn] = []
+        self._by_path: defaultdict[bytes, list[Turn]] = defaultdict(list)
+        self._by_prompt: defaultdict[tuple[int, bytes], list[Turn]] = defaultdict(list)
+        self._superseded: set[int] = set()
+        self._parents: set[int] = set()
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns in the order of their commits."""
+        return tuple(self._turns)
+
+    def find(self, messages: Sequence[Message], links: Sequence[bytes]) -> Turn | None:
+        """The deepest answer whose history, itself included, starts the request; of several the newest that stands.
+
+        Args:
+            messages: the request's.
+            links: `messages.chain` of their keys.
+        """
+        for count in range(len(messages), 0, -1):
+            turns = [turn for turn in self._by_path.get(links[count], ()) if _says_the_same(turn, messages)]
+            if turns:
+                return max(turns, key=lambda turn: (not self.superseded(turn), turn.number))
+        return None
+
+    def begin(self, prompt: Prompt) -> Pending:
+        """Note the request's rivals: finished answers to the very same prompt."""
+        return Pending(prompt=prompt, rivals=tuple(self._by_prompt.get(_address(prompt), ())))
+
+    def commit(self, pending: Pending, answer: Answer, *, id: str) -> Turn:
+        """Add the turn. Its rivals are superseded, unless the agent went on from them.
+
+        Args:
+            pending: from `begin`.
+            answer: checked.
+            id: the completion's id.
+        """
+        prompt = pending.prompt
+        turn = Turn(
+            number=len(self._turns),
+            id=id,
+            prompt=prompt,
+            answer=answer,
+            path=chain([answer.message.key], prompt.path)[-1],
+            created=time.time(),
+        )
+        self._turns.append(turn)
+        self._by_path[turn.path].append(turn)
+        self._by_prompt[_address(prompt)].append(turn)
+        self._superseded.update(rival.number for rival in pending.rivals)
+        if prompt.parent is not None:
+            self._parents.add(prompt.parent.number)
+        return turn
+
+    def superseded(self, turn: Turn) -> bool:
+        """The agent asked again for this answer and did not go on from it."""
+        return turn.number in self._superseded and turn.number not in self._parents
+
+    def leaves(self) -> list[Turn]:
+        """Turns that nobody went on from, in the order of their commits, superseded ones included."""
+        return [turn for turn in self._turns if turn.number not in self._parents]
+
+    def trajectories(self, *, include_superseded: bool = False) -> list[Trajectory]:
+        """One trajectory a leaf. Each answer is trained in exactly one of those it is part of, whole if it can be.
+
+        Args:
+            include_superseded: also those that end in a superseded answer; they have status "superseded".
+        """
+        leaves = [turn for turn in self.leaves() if include_superseded or not self.superseded(turn)]
+        owner: dict[int, tuple[int, int]] = {}
+        for place, leaf in enumerate(leaves):
+            drop = 0
+            for turn in reversed(leaf.line()):
+                # A branch that keeps the answer's stop token is the better owner; then the earliest leaf.
+                owner[turn.number] = min(owner.get(turn.number, (drop, place)), (drop, place))
+                drop = turn.prompt.drop
+        return [
+            join(
+                leaf,
+                trained={number for number, (_, at) in owner.items() if at == place},
+                status="superseded" if self.superseded(leaf) else None,
+            )
+            for place, leaf in enumerate(leaves)
+        ]
+
+    def accumulated_token_ids(self) -> list[int]:
+        """Ids of the newest answer's whole history; empty before the first answer."""
+        if not self._turns:
+            return []
+        turn = self._turns[-1]
+        ids: list[int] = turn.answer.ids.tolist()
+        return turn.prompt.token_ids() + ids
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON object a turn: what was appended, what was answered, and how; no logprobs, no routes."""
+        return [self._record(turn) for turn in self._turns]
+
+    def _record(self, turn: Turn) -> dict[str, Any]:
+        answer = turn.answer
+        return {
+            "index": turn.number,
+            "id": turn.id,
+            "parent": turn.parent.number if turn.parent else None,
+            "created": turn.created,
+            "messages": [message.raw for message in turn.prompt.appended],
+            "response": answer.message.raw,
+            "finish_reason": answer.finish,
+            "status": "superseded" if self.superseded(turn) else "completed",
+            "weight_version": answer.version_name,
+            "prompt_tokens": turn.prompt.length,
+            "completion_tokens": len(answer.ids),
+            "note": turn.prompt.note,
+        }
+
+
+def _address(prompt: Prompt) -> tuple[int, bytes]:
+    """Equal for two requests that would send the same tokens from the same turn."""
+    return (prompt.parent.number if prompt.parent else -1, prompt.ids.tobytes())
+
+
+def _says_the_same(turn: Turn, messages: Sequence[Message]) -> bool:
+    """Where the request brings reasoning back, it must be what this turn's history has; leaving it out is fine."""
+    return all(
+        asked.reasoning is None or asked.reasoning == stored.reasoning
+        for asked, stored in zip(messages, turn.history(), strict=False)
+    )

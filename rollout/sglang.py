@@ -1,0 +1,279 @@
+"""SGLang's chat endpoint, as far as sessions use it: what is asked, and what makes an answer one that can be trained on.
+
+The only file on the session side that knows SGLang's field names (0.5.23). Legend: P prompt tokens, G generated tokens,
+L layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from pacenote.replay.errors import ReplayError
+from pacenote.replay.record import CACHED, DECODE, PREFILL, RoutingRecord
+from pacenote.replay.spec import RoutingGeometry
+from pacenote.replay.wire import decode_sglang
+from pacenote.rollout.errors import BadRequest, ContextOverflow, UpstreamError, UpstreamTimeout
+from pacenote.rollout.messages import parse_message
+from pacenote.rollout.turn import Answer, Prompt
+
+CLIENT_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "min_tokens", "stop",
+    "stop_token_ids", "ignore_eos", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+    "top_logprobs", "response_format", "tool_choice", "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs",
+)  # fmt: skip
+"""Fields of a client's request that reach the engine. Everything else is ours, or nobody's."""
+
+_OVERFLOW = re.compile(r"context[ _](length|window)|maximum context|longer than the model", re.IGNORECASE)
+_INT32 = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An engine's answer: the part that is recorded, and what else goes to the client.
+
+    Attributes:
+        answer: checked.
+        finish_reason: OpenAI's: "stop", "length" or "tool_calls".
+        logprobs: OpenAI's `choices[0].logprobs`, as sent.
+    """
+
+    answer: Answer
+    finish_reason: str
+    logprobs: Any
+
+
+def chat_body(prompt: Prompt, request: Mapping[str, Any], *, model: str, routing: bool) -> dict[str, Any]:
+    """The body of POST /v1/chat/completions.
+
+    Args:
+        prompt: what to generate from; its ids are sent, so the engine's own template is not used.
+        request: the client's; only CLIENT_FIELDS are taken from it.
+        model: name of the served model; gateways route by it.
+        routing: ask for routed experts, from the first row that the session does not hold.
+    """
+    history = [*(prompt.parent.history() if prompt.parent else ()), *prompt.appended]
+    body = {name: request[name] for name in CLIENT_FIELDS if request.get(name) is not None}
+    if prompt.render.tools:
+        body["tools"] = prompt.render.tools
+    return body | {
+        "model": model,
+        "messages": [message.raw for message in history],  # for tool and reasoning parsers, and gateways' policies
+        "input_ids": prompt.token_ids(),
+        "stream": False,
+        "logprobs": True,
+        "return_meta_info": True,
+        "no_stop_trim": False,
+        "return_routed_experts": routing,
+        **({"routed_experts_start_len": prompt.rows_held} if routing else {}),
+    }
+
+
+class Engine:
+    """A connection pool to one engine or gateway.
+
+    Args:
+        url: base URL.
+        timeout: seconds that one answer may take.
+    """
+
+    def __init__(self, url: str, *, timeout: float) -> None:
+        self._url = f"{url}/v1/chat/completions"
+        # Engines close idle connections after 5 s (uvicorn's default); one that is older may be half closed.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=1024, keepalive_expiry=3.0)
+        self._client = httpx.AsyncClient(
+            limits=limits, timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None), trust_env=False
+        )
+        self._timeout = timeout
+
+    async def chat(self, body: bytes) -> bytes:
+        """Send a chat body; cancelling this closes the connection, which makes the engine abort.
+
+        Raises:
+            ContextOverflow: prompt or answer do not fit.
+            BadRequest: the engine refused the request's own fields.
+            UpstreamError: no connection, or any other status than 200.
+            UpstreamTimeout: no answer in time.
+        """
+        try:
+            response = await self._client.post(self._url, content=body, headers={"content-type": "application/json"})
+        except httpx.TimeoutException as error:
+            raise UpstreamTimeout(f"the engine at {self._url} did not answer within {self._timeout:g} s") from error
+        except httpx.HTTPError as error:
+            raise UpstreamError(f"no answer from the engine at {self._url}: {error or type(error).__name__}") from error
+        if response.status_code != 200:
+            raise refusal(response.status_code, response.content)
+        return response.content
+
+    async def close(self) -> None:
+        """Close the pool."""
+        await self._client.aclose()
+
+
+def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:
+    """The error for a status other than 200: a 400 is the request's own fault, the rest is the engine's."""
+    message = _reason(body)
+    if status in (400, 413, 422) and _OVERFLOW.search(message):
+        return ContextOverflow(message, param="messages")
+    if status in (400, 422):
+        return BadRequest(f"the engine refused the request: {message}")
+    return UpstreamError(f"the engine answered {status}: {message}")
+
+
+def read_reply(raw: bytes, prompt: Prompt, geometry: RoutingGeometry | None) -> Reply:
+    """Check an engine's answer of status 200.
+
+    Args:
+        raw: the body.
+        prompt: what was asked.
+        geometry: the model's routing; None if no routes were asked for.
+
+    Raises:
+        UpstreamError: not JSON, no choice, aborted, or tokens, logprobs and rows that do not fit each other.
+    """
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise UpstreamError(f"expected JSON from the engine, got {raw[:80]!r}: {error}") from error
+    choice = _choice(body)
+    meta = choice.get("meta_info")
+    if not isinstance(meta, dict):
+        raise UpstreamError(
+            "expected choices[0].meta_info from the engine, got none: a gateway that drops input_ids and "
+            "return_meta_info (sglang-router up to 0.3.2) cannot stand in front of a session server"
+        )
+    finish = meta.get("finish_reason")
+    kind = finish.get("type") if isinstance(finish, dict) else None
+    if kind not in ("stop", "length") or not isinstance(finish, dict):
+        why = finish.get("message") if isinstance(finish, dict) else finish
+        raise UpstreamError(f"expected an answer that finished by stop or length, got {kind or 'none'}: {why}")
+    ids, logprobs = _tokens(meta)
+    _check_counts(meta, prompt, len(ids))
+    versions, name = _versions(meta, len(ids))
+    message = choice["message"]
+    answer = Answer(
+        message=parse_message(message, "the engine's message"),
+        ids=ids,
+        logprobs=logprobs,
+        versions=versions,
+        version_name=name,
+        rows=None if geometry is None else _rows(meta, prompt, versions, geometry),
+        finish=kind,
+        stopped=kind == "stop" and finish.get("matched") == int(ids[-1]),
+    )
+    called = "tool_calls" if answer.message.raw.get("tool_calls") and kind == "stop" else kind
+    return Reply(answer=answer, finish_reason=called, logprobs=choice.get("logprobs"))
+
+
+def _choice(body: Any) -> dict[str, Any]:
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        got = f"{len(choices)} choices" if isinstance(choices, list) else "no choices"
+        raise UpstreamError(f"expected one choice from the engine, got {got}")
+    message = choices[0].get("message")
+    if not isinstance(message, dict):
+        raise UpstreamError(f"expected choices[0].message from the engine, got {message!r}")
+    known = ("content", "reasoning_content", "tool_calls")
+    kept = {name: message[name] for name in known if message.get(name) not in (None, [])}
+    choice: dict[str, Any] = choices[0] | {"message": {"role": "assistant"} | kept}
+    try:
+        parse_message(choice["message"], "the engine's message")
+    except BadRequest as error:
+        raise UpstreamError(f"expected an OpenAI message from the engine: {error}") from error
+    return choice
+
+
+def _tokens(meta: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Ids [G] int32 and logprobs [G] float32 of `output_token_logprobs`."""
+    entries = meta.get("output_token_logprobs")
+    if not isinstance(entries, list) or not entries:
+        raise UpstreamError(f"expected output_token_logprobs of at least one token from the engine, got {entries!r}")
+    ids, logprobs = [], []
+    for place, entry in enumerate(entries):
+        logprob, token = entry[:2] if isinstance(entry, list) and len(entry) >= 2 else (None, None)
+        finite = isinstance(logprob, int | float) and math.isfinite(logprob) and logprob <= 1e-3
+        if not finite or not isinstance(token, int) or not 0 <= token < _INT32:
+            raise UpstreamError(f"expected [logprob, token id] at output token {place} from the engine, got {entry!r}")
+        ids.append(token)
+        logprobs.append(logprob)
+    return np.array(ids, dtype=np.int32), np.array(logprobs, dtype=np.float32)
+
+
+def _check_counts(meta: Mapping[str, Any], prompt: Prompt, generated: int) -> None:
+    for name, count in (("prompt_tokens", prompt.length), ("completion_tokens", generated)):
+        if meta.get(name) != count:
+            raise UpstreamError(
+                f"expected {name} {count} from the engine, got {meta.get(name)!r}: it did not generate from the "
+                "session's tokens"
+            )
+
+
+def _versions(meta: Mapping[str, Any], generated: int) -> tuple[NDArray[np.int32], str]:
+    """Weight version [G] int32 of each token (-1 where it is no number), and the name of the last."""
+    name = str(meta.get("weight_version", "unknown"))
+    versions = np.full(generated, _number(name), dtype=np.int32)
+    spans = meta.get("weight_versions")
+    for span in spans if isinstance(spans, list) else ():
+        try:
+            start, end, label = int(span["start"]), int(span["end"]), str(span["version"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise UpstreamError(
+                f"expected weight_versions of version, start and end from the engine: {span!r}"
+            ) from error
+        versions[start:end] = _number(label)
+        name = label
+    return versions, name
+
+
+def _number(version: str) -> int:
+    return int(version) if re.fullmatch(r"\d{1,9}", version) else -1
+
+
+def _rows(
+    meta: Mapping[str, Any], prompt: Prompt, versions: NDArray[np.int32], geometry: RoutingGeometry
+) -> RoutingRecord:
+    """The rows from `prompt.rows_held` to the last but one token: P + G - 1 - held of them."""
+    payload = meta.get("routed_experts")
+    if payload is None:
+        raise UpstreamError(
+            "expected routed_experts from the engine, got none: start SGLang with --enable-return-routed-experts, or "
+            "the session server with --no-routing-replay"
+        )
+    cached = meta.get("cached_tokens") or 0
+    if not isinstance(cached, int):
+        raise UpstreamError(f"expected cached_tokens as a number from the engine, got {cached!r}")
+    places = np.arange(prompt.rows_held, prompt.length + len(versions) - 1)
+    provenance = np.where(places < prompt.length, PREFILL, DECODE)
+    provenance = np.where(places < min(cached, prompt.length), CACHED, provenance)
+    # A generated token's own row is computed when the next token is.
+    writers = np.concatenate([np.repeat(versions[:1], prompt.length), versions[1:]])
+    try:
+        return decode_sglang(
+            payload, geometry, rows=len(places), provenance=provenance.astype(np.uint8), version=writers[places]
+        )
+    except ReplayError as error:
+        raise UpstreamError(f"routes from the engine: {error}") from error
+
+
+def _reason(body: bytes) -> str:
+    """The message of an error body, in SGLang's, OpenAI's or no shape."""
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body[:500].decode(errors="replace") or "an empty body"
+    if isinstance(parsed, dict):
+        error = parsed.get("error")
+        found = (
+            error.get("message") if isinstance(error, dict) else error or parsed.get("message") or parsed.get("detail")
+        )
+        if isinstance(found, str):
+            return found[:2000]
+    return body[:500].decode(errors="replace")

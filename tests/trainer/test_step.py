@@ -1,0 +1,177 @@
+"""The training step on recorded routes of a bfloat16 engine, without servers: what replay closes, what breaks it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pacenote.kernels.policy import PolicyConfig
+from pacenote.kernels.spec import DECODE, MISSING, PREFILL
+from pacenote.replay.hf import attach
+from pacenote.replay.spec import geometry_from_config
+from pacenote.rollout.trajectory import Trajectory
+from pacenote.trainer import checkpoint, model
+from pacenote.trainer.batch import Sample, microbatches
+from pacenote.trainer.errors import NotFinite
+from pacenote.trainer.hf import HfBackend, OptimConfig
+from pacenote.trainer.step import Gap, ReplayMode, prepare, update
+
+PROMPT, LENGTH, COUNT = 6, 14, 24
+
+
+@pytest.fixture(scope="module")
+def trajectories(tiny_dir: Path) -> list[Trajectory]:
+    """Tokens of a uniform policy, with the logprobs and routes that the model has for them in bfloat16."""
+    engine = model.load(tiny_dir, dtype=torch.bfloat16)
+    geometry = geometry_from_config(engine.config.to_dict())
+    replay = attach(engine)
+    tokens = torch.randint(0, 491, (COUNT, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), replay.record() as record:
+        logp = engine(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        rows = record.rows().cpu().numpy().astype(np.uint8)
+    logprobs = torch.zeros(COUNT, LENGTH)
+    logprobs[:, 1:] = logp.gather(-1, tokens[:, 1:, None])[..., 0]
+    mask = np.zeros(LENGTH, dtype=np.uint8)
+    mask[PROMPT:] = 1
+    return [
+        Trajectory(
+            tokens=tokens[i].numpy().astype(np.int32),
+            loss_mask=mask,
+            logprobs=(logprobs[i].numpy() * mask).astype(np.float32),
+            experts=rows[i, :-1],
+            provenance=np.array([PREFILL] * PROMPT + [DECODE] * (LENGTH - 1 - PROMPT), dtype=np.uint8),
+            version=np.zeros(LENGTH, dtype=np.int32),
+            layers=geometry.layers,
+            num_experts=geometry.num_experts,
+        )
+        for i in range(COUNT)
+    ]
+
+
+@pytest.fixture
+def backend(tiny_dir: Path) -> HfBackend:
+    return HfBackend(tiny_dir, OptimConfig(microbatch_tokens=90), device="cpu", temperature=1.0)
+
+
+def samples(trajectories: list[Trajectory]) -> list[Sample]:
+    return [Sample(t, 1.0 if i % 2 else -0.5) for i, t in enumerate(trajectories)]
+
+
+def gap_of(backend: HfBackend, trajectories: list[Trajectory], mode: ReplayMode = "rollout") -> Gap:
+    return prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], mode)[1]
+
+
+def test_replay_closes_the_gap(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    gap = gap_of(backend, trajectories)
+    assert gap.flips is not None
+    assert gap.flips.flipped > 0, "nothing flips, so the comparison would say nothing"
+    assert gap.trained.mean_abs < 0.5 * gap.native.mean_abs
+    assert gap.trained.k3 < 0.2 * gap.native.k3
+    assert gap.trained.tokens == COUNT * (LENGTH - PROMPT)
+    assert gap.missing == 0
+
+
+def test_rows_shifted_by_one_are_visibly_worse(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    shifted = [replace(t, experts=np.concatenate([t.experts[:1], t.experts[:-1]])) for t in trajectories]  # type: ignore[index]
+    right, wrong = gap_of(backend, trajectories), gap_of(backend, shifted)
+    assert wrong.trained.mean_abs > 3 * wrong.native.mean_abs
+    assert wrong.trained.mean_abs > 10 * right.trained.mean_abs
+
+
+@pytest.mark.parametrize("mode", ["off", "trainer"])
+def test_other_modes_leave_the_gap(backend: HfBackend, trajectories: list[Trajectory], mode: ReplayMode) -> None:
+    gap = gap_of(backend, trajectories, mode)
+    assert gap.trained == gap.native
+
+
+def test_missing_rows_are_counted_and_routed_freely(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    lost = [replace(t, provenance=np.full(LENGTH - 1, MISSING, dtype=np.uint8)) for t in trajectories]
+    gap = gap_of(backend, lost)
+    assert gap.missing == COUNT * (LENGTH - 1)
+    assert gap.trained.mean_abs == pytest.approx(gap.native.mean_abs, rel=1e-3)
+    backend.audit()
+    half = lost[: COUNT // 2] + trajectories[COUNT // 2 :]
+    gap = gap_of(backend, half)
+    audit = backend.audit()
+    assert gap.missing * len(audit.layers) == audit.total("free") == audit.total("replayed")
+
+
+def test_rows_of_another_version_are_not_replayed(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    version = np.zeros(LENGTH, dtype=np.int32)
+    version[:PROMPT] = 3
+    assert gap_of(backend, [replace(t, version=version) for t in trajectories]).missing == COUNT * PROMPT
+
+
+def gradients(backend: HfBackend, trajectories: list[Trajectory], tokens: int) -> list[torch.Tensor]:
+    """Gradients of one optimizer step that is cut into microbatches of `tokens` positions."""
+    config = replace(backend.config, microbatch_tokens=tokens)
+    prepared, _ = prepare(backend, [microbatches(samples(trajectories), config, "cpu")], "rollout")
+    kept: list[torch.Tensor] = []
+
+    def capture() -> float:
+        kept.extend(p.grad.clone() for p in backend.model.parameters() if p.grad is not None)
+        backend.optimizer.zero_grad()
+        return 1.0
+
+    backend.apply_gradients = capture  # type: ignore[method-assign]
+    update(backend, prepared, PolicyConfig(entropy_coef=0.01), step=0)
+    return kept
+
+
+def test_microbatching_does_not_change_the_gradient(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    one, many = gradients(backend, trajectories, 10_000), gradients(backend, trajectories, 40)
+    largest = max(float(g.abs().max()) for g in one)
+    assert len(one) == len(many) > 10
+    assert max(float((a - b).abs().max()) for a, b in zip(one, many, strict=True)) < 1e-4 * largest
+
+
+def test_update_moves_the_weights_and_reports(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    before = [p.detach().clone() for p in backend.model.parameters()]
+    prepared, _ = prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], "rollout")
+    backend.audit()
+    said = update(backend, prepared, PolicyConfig(entropy_coef=0.01), step=0)
+    assert said["ratio"] == pytest.approx(1.0, abs=1e-4), "the first update starts from the old policy"
+    assert said["grad_norm"] > 0
+    assert 0.9 < said["importance_weight"] < 1.1
+    assert said["entropy"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+    assert backend.audit().total("replayed") == COUNT * (LENGTH - 1) * len(backend.replay.layers)
+
+
+def test_nan_stops_before_the_weights_are_touched(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    prepared, _ = prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], "rollout")
+    before = [p.detach().clone() for p in backend.model.parameters()]
+    poisoned = prepared[0][0]
+    advantages = torch.full_like(poisoned.batch.advantages, float("nan"))
+    prepared[0][0] = replace(poisoned, batch=replace(poisoned.batch, advantages=advantages))
+    with pytest.raises(NotFinite, match="the loss is nan at step 7"):
+        update(backend, prepared, PolicyConfig(), step=7)
+    assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+
+
+def test_checkpoint_round_trip(backend: HfBackend, trajectories: list[Trajectory], tmp_path: Path) -> None:
+    """A restored run takes the same next step, bit for bit."""
+    steps = [microbatches(samples(trajectories), backend.config, "cpu")]
+    update(backend, prepare(backend, steps, "rollout")[0], PolicyConfig(), step=0)
+    path = checkpoint.save(tmp_path, backend, step=1, keep=2)
+    assert checkpoint.latest(tmp_path) == (1, path)
+    other = HfBackend(path / "model", backend.config, device="cpu", temperature=1.0)
+    checkpoint.restore(path, other)
+    for one in (backend, other):
+        update(one, prepare(one, steps, "rollout")[0], PolicyConfig(), step=1)
+    pairs = zip(backend.model.state_dict().items(), other.model.state_dict().values(), strict=True)
+    assert not [name for (name, a), b in pairs if not torch.equal(a, b)]
+
+
+def test_checkpoints_are_whole_or_absent(backend: HfBackend, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        checkpoint.latest(tmp_path)
+    (tmp_path / "step_000009").mkdir()  # a crash before the rename leaves no such folder; a foreign one has no state
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, backend, step=step, keep=2)
+    assert checkpoint.list_steps(tmp_path) == [2, 3]
+    assert not list(tmp_path.glob(".*.part"))
