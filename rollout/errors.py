@@ -1,14 +1,15 @@
 """Errors of the session server. Each carries an HTTP status and OpenAI's `type`, `param` and `code`.
 
-StartupError            the server cannot start; the text is the one sentence to print
-SessionError
-  BadRequest        400  a body that is not a chat request
-  RoleRefused       400  a message of a role that may not be appended
-  ContextExceeded   400  longer than the engine's context; code context_length_exceeded
-  SessionGone       410  the session was deleted
-  UpstreamRefused   4xx  the engine refused the request
-  UpstreamBroken    502  the engine did not answer, or its answer is not one that can be trained on
-  UpstreamAborted   503  the engine ended the answer early
+    StartupError            the server cannot start; the text is the one sentence to print
+    SessionError
+      BadRequest        400  a request that cannot be served
+        RoleNotAllowed       a message of a role that may not be appended
+        ContextOverflow      longer than the engine's context; code context_length_exceeded
+      UnknownSession    404  a session that was never started
+      SessionGone       410  the session was deleted
+      ClientGone        499  the client closed its connection before the answer was ready
+      UpstreamError     502  the engine did not answer, or its answer is not one that can be trained on
+      UpstreamTimeout   504  the engine took too long
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class SessionError(Exception):
 
     status = 500
     kind = "server_error"
-    code: str | None = None
+    code: str | None = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         """Keep the request field that is at fault, if one is."""
@@ -38,21 +39,27 @@ class SessionError(Exception):
 
 
 class BadRequest(SessionError):
-    """A body that is not a chat request."""
+    """A request that cannot be served."""
 
-    status, kind = 400, "invalid_request_error"
+    status, kind, code = 400, "invalid_request_error", "bad_request"
 
 
-class RoleRefused(BadRequest):
+class RoleNotAllowed(BadRequest):
     """A message of a role that may not be appended."""
 
     code = "role_not_allowed"
 
 
-class ContextExceeded(BadRequest):
-    """Longer than the engine's context."""
+class ContextOverflow(BadRequest):
+    """Longer than the engine's context; agents look for this code."""
 
     code = "context_length_exceeded"
+
+
+class UnknownSession(SessionError):
+    """A session that was never started."""
+
+    status, kind, code = 404, "invalid_request_error", "session_not_found"
 
 
 class SessionGone(SessionError):
@@ -61,24 +68,19 @@ class SessionGone(SessionError):
     status, kind, code = 410, "invalid_request_error", "session_deleted"
 
 
-class UpstreamRefused(BadRequest):
-    """The engine refused the request, with its own reason."""
+class ClientGone(SessionError):
+    """The client closed its connection before the answer was ready; nobody reads this answer."""
 
-    code = "upstream_refused"
-
-    def __init__(self, message: str, *, status: int) -> None:
-        """Keep the engine's status, which is below 500."""
-        super().__init__(message)
-        self.status = status
+    status, kind, code = 499, "invalid_request_error", "client_closed_request"
 
 
-class UpstreamBroken(SessionError):
+class UpstreamError(SessionError):
     """The engine did not answer, or its answer is not one that can be trained on."""
 
-    status, code = 502, "upstream_broken"
+    status, kind, code = 502, "upstream_error", "upstream_error"
 
 
-class UpstreamAborted(SessionError):
-    """The engine ended the answer early; nothing was recorded."""
+class UpstreamTimeout(UpstreamError):
+    """The engine took too long."""
 
-    status, code = 503, "upstream_aborted"
+    status, code = 504, "upstream_timeout"

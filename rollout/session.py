@@ -1,9 +1,8 @@
 """A session: an append-only tree of turns. No HTTP, no waiting, no lock.
 
-Agents rewrite tails, start over, graft answers from elsewhere and ask twice; each of these is a branch. A request goes on
-from the deepest generated answer whose history it starts with. Two steps change nothing until the second: `begin` notes
-what a request competes with, `commit` adds the finished turn. Both run to their end at once, so that any number of chats
-on one session may be in flight.
+Agents rewrite tails, start over, graft answers from elsewhere and ask twice; each of these is a branch. A request goes
+on from the deepest generated answer whose history it starts with. `begin` notes what a request competes with and changes
+nothing; `commit` adds the finished turn. Both run to their end at once, so any number of chats may be in flight.
 """
 
 from __future__ import annotations
@@ -25,6 +24,19 @@ class Pending:
 
     prompt: Prompt
     rivals: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Branch:
+    """A leaf, the numbers of the turns on its line whose answers are trained here, and whether it was superseded."""
+
+    leaf: Turn
+    trained: frozenset[int]
+    superseded: bool
+
+    def trajectory(self) -> Trajectory:
+        """Its arrays."""
+        return join(self.leaf, trained=self.trained, status="superseded" if self.superseded else None)
 
 
 class Session:
@@ -100,8 +112,8 @@ class Session:
         """Turns that nobody went on from, in the order of their commits, superseded ones included."""
         return [turn for turn in self._turns if turn.number not in self._parents]
 
-    def trajectories(self, *, include_superseded: bool = False) -> list[Trajectory]:
-        """One trajectory a leaf. Each answer is trained in exactly one of those it is part of, whole if it can be.
+    def branches(self, *, include_superseded: bool = False) -> list[Branch]:
+        """One branch a leaf. Each answer is trained in exactly one of those it is part of, whole if it can be.
 
         Args:
             include_superseded: also those that end in a superseded answer; they have status "superseded".
@@ -115,13 +127,17 @@ class Session:
                 owner[turn.number] = min(owner.get(turn.number, (drop, place)), (drop, place))
                 drop = turn.prompt.drop
         return [
-            join(
-                leaf,
-                trained={number for number, (_, at) in owner.items() if at == place},
-                status="superseded" if self.superseded(leaf) else None,
+            Branch(
+                leaf=leaf,
+                trained=frozenset(number for number, (_, at) in owner.items() if at == place),
+                superseded=self.superseded(leaf),
             )
             for place, leaf in enumerate(leaves)
         ]
+
+    def trajectories(self, *, include_superseded: bool = False) -> list[Trajectory]:
+        """The `branches` as trajectories."""
+        return [branch.trajectory() for branch in self.branches(include_superseded=include_superseded)]
 
     def accumulated_token_ids(self) -> list[int]:
         """Ids of the newest answer's whole history; empty before the first answer."""

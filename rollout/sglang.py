@@ -1,4 +1,4 @@
-"""SGLang's chat endpoint, as far as sessions use it: what is asked, and what makes an answer one that can be trained on.
+"""SGLang's chat endpoint, as far as sessions use it: what is asked, and which answers can be trained on.
 
 The only file on the session side that knows SGLang's field names (0.5.23). Legend: P prompt tokens, G generated tokens,
 L layers, K experts a token.
@@ -200,7 +200,7 @@ def _tokens(meta: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.floa
     for place, entry in enumerate(entries):
         logprob, token = entry[:2] if isinstance(entry, list) and len(entry) >= 2 else (None, None)
         finite = isinstance(logprob, int | float) and math.isfinite(logprob) and logprob <= 1e-3
-        if not finite or not isinstance(token, int) or not 0 <= token < _INT32:
+        if not finite or type(token) is not int or not 0 <= token < _INT32:
             raise UpstreamError(f"expected [logprob, token id] at output token {place} from the engine, got {entry!r}")
         ids.append(token)
         logprobs.append(logprob)
@@ -225,9 +225,7 @@ def _versions(meta: Mapping[str, Any], generated: int) -> tuple[NDArray[np.int32
         try:
             start, end, label = int(span["start"]), int(span["end"]), str(span["version"])
         except (TypeError, KeyError, ValueError) as error:
-            raise UpstreamError(
-                f"expected weight_versions of version, start and end from the engine: {span!r}"
-            ) from error
+            raise UpstreamError(f"expected weight_versions of version, start and end, got {span!r}") from error
         versions[start:end] = _number(label)
         name = label
     return versions, name
@@ -270,10 +268,8 @@ def _reason(body: bytes) -> str:
     except orjson.JSONDecodeError:
         return body[:500].decode(errors="replace") or "an empty body"
     if isinstance(parsed, dict):
-        error = parsed.get("error")
-        found = (
-            error.get("message") if isinstance(error, dict) else error or parsed.get("message") or parsed.get("detail")
-        )
+        error = parsed.get("error") or parsed
+        found = error.get("message") or error.get("detail") if isinstance(error, dict) else error
         if isinstance(found, str):
             return found[:2000]
     return body[:500].decode(errors="replace")

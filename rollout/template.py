@@ -166,7 +166,7 @@ class Template:
         return text
 
     def header(self, arguments: Arguments) -> str | None:
-        """What `generation` adds after a user's message, such as "<|assistant|><think>"; None if it rewrites instead."""
+        """What `generation` adds after a user's message, such as "<|assistant|><think>"; None if it rewrites."""
         name = repr(sorted(arguments.items(), key=lambda item: item[0]))
         if name not in self._headers:
             probe = [_message("user", _USER)]
@@ -213,8 +213,8 @@ class Template:
         if difference is not None or not old.endswith(self.closing):
             raise StartupError(
                 f"expected a chat template that only appends when a {role} message follows an answer (family "
-                f"{self.family.name}), got one that rewrites: {difference or 'another end of the answer'}; leave {role} "
-                "out of --tito-allowed-append-roles or use a family that fits"
+                f"{self.family.name}), got one that rewrites: {difference or 'another end of the answer'}; leave "
+                f"{role} out of --tito-allowed-append-roles or use a family that fits"
             )
 
 

@@ -5,8 +5,8 @@ longer conversation as the shorter one plus a suffix, which is proven on every r
 not so, the request is rendered in full as a new root.
 
 Boundaries. `Template.closing` and the next role's opener follow an answer. A sampled stop token that equals the first
-token of these stays, and the suffix starts after it; one that differs gives way to it (`Prompt.drop`). After an answer that
-ended by length the whole closing follows, not generated.
+token of these stays, and the suffix starts after it; one that differs gives way to it (`Prompt.drop`). After an answer
+that ended by length the whole closing follows, not generated.
 """
 
 from __future__ import annotations
@@ -82,14 +82,13 @@ def extend(
         drop = 1 - skip
     render, ends = _ends(template, whole, len(stored), new, tools, arguments)
     cuts = [bisect_left(starts, end - lead) for end in ends]
+    appended = tuple(whole[len(stored) :])
     return Prompt(
         parent=parent,
-        appended=tuple(whole[len(stored) :]),
+        appended=appended,
         drop=drop,
         ids=np.array(ids[skip:], dtype=np.int32),
-        spans=_spans(
-            [message.role for message in whole[len(stored) :]], [max(0, cut - skip) for cut in cuts], len(ids) - skip
-        ),
+        spans=_spans([message.role for message in appended], [max(0, cut - skip) for cut in cuts], len(ids) - skip),
         path=path,
         render=render,
         note=rewritten,

@@ -176,7 +176,7 @@ def join(leaf: Turn, *, trained: Container[int], status: str | None = None) -> T
 
 
 def _columns(line: Sequence[Turn], kept: Sequence[int], trained: Container[int]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """(tokens, generated, mask, logprobs, version) of each turn: its appended tokens, then what is kept of its answer."""
+    """(tokens, generated, mask, logprobs, version) of each turn: appended tokens, then what is kept of the answer."""
     for turn, keep in zip(line, kept, strict=True):
         answer, appended = turn.answer, len(turn.prompt.ids)
         yield (

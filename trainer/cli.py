@@ -45,6 +45,7 @@ def _train(words: list[str]) -> int:
     from pacenote.trainer import loop, recipes
     from pacenote.trainer.config import RunConfig
     from pacenote.trainer.errors import TrainerError
+    from pacenote.trainer.report import summary
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -68,6 +69,8 @@ def _train(words: list[str]) -> int:
         return _fail(" ".join([f"{error}.", *getattr(error, "__notes__", [])]), error.exit_code)
     except KeyboardInterrupt:
         return _fail("stopped at once; the newest whole checkpoint stands", 130)
+    for finding in summary(run.root):
+        print(f"{'!' if finding.kind == 'warning' else '-'} {finding.text}")
     print(f"done: open {_short(run.report)}")
     return 0
 

@@ -30,6 +30,16 @@ def write_report(root: Path) -> Path:
     return run.report
 
 
+def summary(root: Path) -> list[findings.Finding]:
+    """What the run measured, in sentences.
+
+    Raises:
+        ValueError: `root` is not a run folder.
+    """
+    run, config = RunDir.open(root)
+    return findings.findings(metrics.read(run.metrics), config.replay)
+
+
 def _page(run: RunDir, config: RunConfig, rows: list[dict[str, Any]]) -> str:
     title = f"{config.recipe} · replay {config.replay}"
     body = [
