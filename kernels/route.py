@@ -196,6 +196,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts, state = ctx.saved_tensors
+    if not launch.takes_triton(logits):
+        spec = _spec(ctx.fields)
+        dlogits = reference.replay_topk_backward(logits, experts, spec, grad, state=state)
+        return dlogits, *(None,) * (4 + len(ctx.fields))
     return _backward(logits, experts, state, grad.contiguous(), *ctx.fields), *(None,) * (4 + len(ctx.fields))
 
 

@@ -87,8 +87,9 @@ class Engine:
 
     def __init__(self, url: str, *, timeout: float) -> None:
         self._url = f"{url}/v1/chat/completions"
-        # Engines close idle connections after 5 s (uvicorn's default); one that is older may be half closed.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=1024, keepalive_expiry=3.0)
+        # No idle connections: httpx looks through all of them at every request, which at a hundred chats costs more
+        # than connecting anew, and an engine may have closed one just now.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(
             limits=limits, timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None), trust_env=False
         )

@@ -26,7 +26,7 @@ class RolloutConfig:
     """Prompts a step."""
     group: int = 8
     """Answers a prompt; the group's mean reward is each answer's baseline."""
-    max_tokens: int = 4
+    max_tokens: int = 3
     """Longest answer of one turn, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; the trainer's logprobs use the same."""
@@ -156,7 +156,6 @@ async def _episode(
     defaults: dict[str, Any] = {
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
-        "seed": seed % (1 << 31),
         "chat_template_kwargs": {"enable_thinking": config.enable_thinking},
     }
     url = None
@@ -164,7 +163,7 @@ async def _episode(
         opened = await client.post(f"{sessions}/sessions")
         opened.raise_for_status()
         url = f"{sessions}/sessions/{opened.json()['session_id']}"
-        messages = await environment(Chat(client, f"{url}/v1", defaults), task)
+        messages = await environment(Chat(client, f"{url}/v1", defaults, seed), task)
         worth = await score(reward, messages, task.label)
         reply = await client.post(f"{url}/samples")
         reply.raise_for_status()

@@ -85,6 +85,7 @@ def row(
     seconds = times[-1] - times[0]
     counts = of_episodes(episodes)
     return {
+        **learnt,
         "step": step,
         **counts,
         **of_gap(gap),
@@ -93,7 +94,6 @@ def row(
         "flipped_under_replay": audit.total("flipped") / max(1, audit.total("replayed")),
         "groups_zero_std": earned.zero_std,
         "episodes_unrewarded": earned.unrewarded,
-        **learnt,
         "seconds": seconds,
         "seconds_rollout": times[1] - times[0],
         "seconds_measure": times[2] - times[1],

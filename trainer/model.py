@@ -37,7 +37,7 @@ class TinyShape:
     qk_nope_head_dim: int = 16
     v_head_dim: int = 16
     max_position_embeddings: int = 512
-    initializer_range: float = 0.2
+    initializer_range: float = 0.15
 
 
 def build_tiny(out: Path, *, seed: int, shape: TinyShape | None = None) -> Path:

@@ -14,7 +14,7 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         optim=OptimConfig(lr=3e-3, warmup=5),
-        loss=PolicyConfig(entropy_coef=0.03),
+        loss=PolicyConfig(entropy_coef=0.02),
     )
 
 

@@ -34,12 +34,14 @@ class Task:
 class Chat:
     """A conversation partner at an OpenAI-compatible base URL; calling it returns the assistant's message.
 
-    `base_url` is the session's, for environments that bring an OpenAI client of their own.
+    `base_url` is the session's, for environments that bring an OpenAI client of their own. `seed` starts the sampler:
+    every turn draws from a seed of its own, because the same draws again would make a turn repeat the one before.
     """
 
     client: httpx.AsyncClient
     base_url: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
     async def __call__(self, messages: list[Message], **overrides: Any) -> Message:
         """Send `messages` (the whole history) and return the answer's message.
@@ -47,7 +49,8 @@ class Chat:
         Raises:
             httpx.HTTPStatusError: the server refused; the text carries its reason.
         """
-        body = {**self.defaults, **overrides, "messages": messages}
+        drawn = {} if self.seed is None else {"seed": random.Random(f"{self.seed}/{len(messages)}").getrandbits(31)}
+        body = {**self.defaults, **drawn, **overrides, "messages": messages}
         response = await self.client.post(f"{self.base_url}/chat/completions", json=body)
         if response.is_error:
             raise httpx.HTTPStatusError(
