@@ -1,4 +1,4 @@
-"""Logprob and entropy of targets, in chunks, so that no array [T, V] lives across chunks. Definition: reference.logprob.
+"""Logprob and entropy of targets, in chunks, so that no array [T, V] lives across them. Definition: reference.logprob.
 
 The backward pass recomputes a chunk's logits from hidden states; what is kept is [T]: the log of the partition sum and
 the entropy. With z the logits over the temperature, p = softmax(z), y the target, H the entropy:
@@ -72,7 +72,7 @@ def linear_logprob(
         check.tensor(bias, "bias", (weight.shape[0],), check.FLOATS, hidden.device)
         bias = bias[:bound]
     rows = _Rows.of(targets, temperature, ignore_index, bound, mask, hidden.device)
-    out = _Linear.apply(rows.take(flat), weight[:bound], bias, rows, _chunk(chunk, bound))
+    out = _Linear.apply(rows.take(flat), weight[:bound], bias, rows, _chunk(chunk, bound))  # type: ignore[no-untyped-call]
     return rows.place(out[0]), rows.place(out[1])
 
 
@@ -103,7 +103,7 @@ def logprob_from_logits(
         )
     rows = _Rows.of(targets, temperature, ignore_index, bound, mask, logits.device)
     flat = logits.reshape(-1, logits.shape[-1])[:, :bound]
-    out = _Given.apply(rows.take(flat), rows, _chunk(chunk, bound))
+    out = _Given.apply(rows.take(flat), rows, _chunk(chunk, bound))  # type: ignore[no-untyped-call]
     return rows.place(out[0]), rows.place(out[1])
 
 

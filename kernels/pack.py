@@ -52,11 +52,11 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """rows [T, L, K] uint8 or uint16, stored layer-major (rows[:, l] is contiguous); state [T] uint8 of FREE, REPLAY, PAD."""
+    """rows [T, L, K] uint8 or uint16, stored layer-major (rows[:, l] is contiguous); state [T] uint8 of `kernels.spec`."""
 
     rows: Tensor
     state: Tensor
-    num_experts: int | None
+    num_experts: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class PackedBatch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments of a transformers model: input_ids and position_ids [1, T] int64, no cache (it would misread these)."""
+        """Arguments of a transformers model: input_ids, position_ids [1, T] int64; no cache, it would misread these."""
         return {"input_ids": self.tokens.long()[None], "position_ids": self.positions[None], "use_cache": False}
 
 
@@ -140,8 +140,8 @@ def pack(
         raise ValueError(f"expected max_len >= 2 and pad_to_multiple >= 1, got {max_len} and {pad_to_multiple}")
     if advantages is not None and len(advantages) != len(samples):
         raise ValueError(f"expected an advantage for each of {len(samples)} samples, got {len(advantages)}")
-    for index, sample in enumerate(samples):
-        _check_sample(sample, index)
+    for number, sample in enumerate(samples):
+        _check_sample(sample, number)
     lengths = [min(len(sample.tokens), max_len or len(sample.tokens)) for sample in samples]
     kept = tuple(i for i, (sample, n) in enumerate(zip(samples, lengths, strict=True)) if sample.loss_mask[1:n].any())
     chosen = [samples[i] for i in kept]
@@ -199,8 +199,8 @@ def _trained(arrays: Sequence[NDArray[Any]], index: reference.PackIndex, mask: T
     if not values.isfinite().all():
         at = int((~values.isfinite()).nonzero()[0])
         raise ValueError(
-            f"expected finite {name}s for trained tokens, got {float(values[at])} for token {int(index.position[at]) + 1} "
-            f"of kept sample {int(index.segment[at])}: mask the token or drop the sample"
+            f"expected finite {name}s for trained tokens, got {float(values[at])} for token "
+            f"{int(index.position[at]) + 1} of kept sample {int(index.segment[at])}: mask the token or drop the sample"
         )
     return values
 
@@ -254,7 +254,7 @@ def _routes(
         ]
     ).astype(dtype, copy=False)
     take = np.arange(num_layers) if layers is None else np.asarray(layers, dtype=np.int64)
-    if len(take) and not (0 <= take.min() and take.max() < num_layers):
+    if len(take) and (take.min() < 0 or take.max() >= num_layers):
         raise ValueError(f"expected layers within the {num_layers} of the samples' rows, got {list(take)}")
     rows = np.empty((len(take), len(index.row) + padding, k), dtype)
     source = index.row.numpy()
@@ -269,9 +269,8 @@ def _routes(
 
 def _num_experts(samples: Sequence[Sample], given: int | None) -> int | None:
     """E as given, or as the samples say."""
-    known = {getattr(sample, "num_experts", None) for sample in samples if sample.experts is not None} - {None}
-    if given is not None:
-        known |= {given}
+    named = [given, *(getattr(sample, "num_experts", None) for sample in samples if sample.experts is not None)]
+    known = {int(number) for number in named if number is not None}
     if len(known) > 1:
         raise ValueError(f"expected samples of one number of experts, got {sorted(known)}")
     return next(iter(known), None)

@@ -118,13 +118,14 @@ def policy_loss(
         config: the terms.
         entropy: [T] of the policy; needed if entropy_coef is not 0.
         reference: [T] logprobs of the reference policy; needed if kl_coef is not 0.
-        denominator: what the sum over tokens ("token", "constant") or samples ("sequence") is divided by, so that several
-            microbatches share one; None: the trained tokens, or samples with any, of this batch.
+        denominator: what the sum over tokens ("token", "constant") or samples ("sequence") is divided by, so that
+            several microbatches share one; None: the trained tokens, or samples with any, of this batch.
 
     Returns:
-        The loss and metrics, means over this batch's trained tokens: loss, ratio_mean, ratio_max, clip_fraction (tokens whose
-        clipped branch was taken), dual_clip_fraction, tis_mean, tis_truncated (share), icepop_masked (share), kl_old_k1 and
-        kl_old_k3 (KL(old || policy)), kl_reference, entropy (0 if not given), tokens (count), samples (with any).
+        The loss and metrics, means over this batch's trained tokens: loss, ratio_mean, ratio_max, clip_fraction (tokens
+        whose clipped branch was taken), dual_clip_fraction, tis_mean, tis_truncated (share), icepop_masked (share),
+        kl_old_k1 and kl_old_k3 (KL(old || policy)), kl_reference, entropy (0 if not given), tokens (count), samples (with
+        any).
 
     Raises:
         ValueError: shapes that do not fit, a term without its input, a denominator not above 0.

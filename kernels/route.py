@@ -26,8 +26,8 @@ __all__ = ["FREE", "PAD", "REPLAY", "RouteStats", "RouterSpec", "replay_topk"]
 class RouteStats:
     """Counters on the device: `counters` [7] int64 in the order of reference.COUNTERS, added to in place, no waiting.
 
-    Each row counts once, in one of replayed, free, duplicate, out_of_range, pad. `flipped`: replayed rows whose recorded
-    set is not the native one. `overlap`: sum over replayed rows of the experts that both sets hold.
+    Each row counts once, in one of replayed, free, duplicate, out_of_range, pad. `flipped`: replayed rows whose
+    recorded set is not the native one. `overlap`: sum over replayed rows of the experts that both sets hold.
     """
 
     counters: Tensor

@@ -1,4 +1,4 @@
-"""How a router turns scores into experts, and the codes that travel with rows. No torch, so that servers may import it."""
+"""How a router turns scores into experts, and the codes that travel with rows. No torch: servers import it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class RouterSpec:
                 raise ValueError(f"RouterSpec.{name} expects one of {known}, got {value!r}")
         if not 1 <= self.topk_groups <= self.groups:
             raise ValueError(
-                f"RouterSpec expects 1 <= topk_groups <= groups, got topk_groups={self.topk_groups}, groups={self.groups}"
+                f"RouterSpec expects 1 <= topk_groups <= groups, got topk_groups={self.topk_groups}, "
+                f"groups={self.groups}"
             )
         if self.eps < 0 or not self.scale > 0:
             raise ValueError(f"RouterSpec expects eps >= 0 and scale > 0, got eps={self.eps}, scale={self.scale}")

@@ -1,15 +1,15 @@
 """Errors of the session server. Each carries an HTTP status and OpenAI's `type`, `param` and `code`.
 
-    StartupError            the server cannot start; the text is the one sentence to print
-    SessionError
-      BadRequest        400  a request that cannot be served
-        RoleNotAllowed       a message of a role that may not be appended
-        ContextOverflow      longer than the engine's context; code context_length_exceeded
-      UnknownSession    404  a session that was never started
-      SessionGone       410  the session was deleted
-      ClientGone        499  the client closed its connection before the answer was ready
-      UpstreamError     502  the engine did not answer, or its answer is not one that can be trained on
-      UpstreamTimeout   504  the engine took too long
+StartupError            the server cannot start; the text is the one sentence to print
+SessionError
+  BadRequest        400  a request that cannot be served
+    RoleNotAllowed       a message of a role that may not be appended
+    ContextOverflow      longer than the engine's context; code context_length_exceeded
+  UnknownSession    404  a session that was never started
+  SessionGone       410  the session was deleted
+  ClientGone        499  the client closed its connection before the answer was ready
+  UpstreamError     502  the engine did not answer, or its answer is not one that can be trained on
+  UpstreamTimeout   504  the engine took too long
 """
 
 from __future__ import annotations

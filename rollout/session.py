@@ -1,8 +1,8 @@
 """A session: an append-only tree of turns. No HTTP, no waiting, no lock.
 
 Agents rewrite tails, start over, graft answers from elsewhere and ask twice; each of these is a branch. A request goes
-on from the deepest generated answer whose history it starts with. `begin` notes what a request competes with and changes
-nothing; `commit` adds the finished turn. Both run to their end at once, so any number of chats may be in flight.
+on from the deepest generated answer whose history it starts with. `begin` notes what a request competes with and
+changes nothing; `commit` adds the finished turn. Both run to their end at once: any number of chats may be in flight.
 """
 
 from __future__ import annotations

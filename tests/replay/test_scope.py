@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 Build = Callable[..., Any]
 BATCH, LENGTH, EXPERTS, TOP_K, LAYERS = 2, 6, 8, 2, 2
+REPLAYED = torch.full((LENGTH,), REPLAY, dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_rows_of_another_shape_than_the_input(
         (rows(LENGTH), torch.ones(5, dtype=torch.uint8), r"state \[6\] uint8.*got \[5\]"),
         (rows(LENGTH), torch.ones(6), "got .* torch.float32"),
         (rows(LENGTH), torch.full((6,), 3, dtype=torch.uint8), "state codes.*got 3"),
-        (Routes(rows(LENGTH), torch.ones(6, dtype=torch.uint8)), torch.ones(6, dtype=torch.uint8), "no state beside"),
-        (Routes(rows(LENGTH), torch.ones(6, dtype=torch.uint8), 16), None, "over 8 experts, got 16"),
+        (Routes(rows=rows(LENGTH), state=REPLAYED), REPLAYED, "no state beside"),
+        (Routes(rows=rows(LENGTH), state=REPLAYED, num_experts=16), None, "over 8 experts, got 16"),
     ],
 )
 def test_rows_that_fit_no_input(replay: Replay, given: Any, state: Any, words: str) -> None:
@@ -173,7 +174,7 @@ def test_the_base_model_may_be_called_or_attached(model: Any) -> None:
 
 def test_routes_of_a_packed_batch(model: Any, replay: Replay) -> None:
     state = torch.tensor([REPLAY] * 5 + [FREE], dtype=torch.uint8)
-    with replay.rows(Routes(rows(LENGTH).to(torch.uint8), state, EXPERTS)), replay.record() as used:
+    with replay.rows(Routes(rows=rows(LENGTH).to(torch.uint8), state=state)), replay.record() as used:
         run(model, ids(1))
     assert torch.equal(used.rows()[0, :5], rows(LENGTH)[:5])
     assert replay.audit()["free"].tolist() == [1] * LAYERS
@@ -226,7 +227,7 @@ def test_a_packed_batch_replays_each_sample_as_if_alone(model: Any, replay: Repl
 
 def test_layer_major_rows_are_not_copied(replay: Replay) -> None:
     stored = torch.zeros(LAYERS, LENGTH, TOP_K, dtype=torch.uint8)
-    made = as_rows(Routes(stored.permute(1, 0, 2), torch.ones(LENGTH, dtype=torch.uint8)), None, replay.geometry)
+    made = as_rows(Routes(rows=stored.permute(1, 0, 2), state=REPLAYED), None, replay.geometry)
     assert made.experts.data_ptr() == stored.data_ptr()
 
 
