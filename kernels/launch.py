@@ -17,7 +17,7 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def takes_triton(x: Tensor) -> bool:
-    """Whether an op on a tensor [any] launches its kernel: on CUDA and ROCm, and in the interpreter on the CPU.
+    """Whether an op on a tensor [...] launches its kernel: on CUDA and ROCm, and in the interpreter on the CPU.
 
     float64 takes the reference: it is for oracles and gradient checks.
     """

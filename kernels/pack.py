@@ -52,7 +52,7 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """rows [T, L, K] uint8 or uint16, stored layer-major (rows[:, l] is contiguous); state [T] uint8 of `kernels.spec`."""
+    """rows [T, L, K] uint8 or uint16, layer-major (rows[:, l] is contiguous); state [T] uint8 of kernels.spec."""
 
     rows: Tensor
     state: Tensor

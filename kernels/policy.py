@@ -124,8 +124,8 @@ def policy_loss(
     Returns:
         The loss and metrics, means over this batch's trained tokens: loss, ratio_mean, ratio_max, clip_fraction (tokens
         whose clipped branch was taken), dual_clip_fraction, tis_mean, tis_truncated (share), icepop_masked (share),
-        kl_old_k1 and kl_old_k3 (KL(old || policy)), kl_reference, entropy (0 if not given), tokens (count), samples (with
-        any).
+        kl_old_k1 and kl_old_k3 (KL(old || policy)), kl_reference, entropy (0 if not given), tokens, samples (which
+        have any).
 
     Raises:
         ValueError: shapes that do not fit, a term without its input, a denominator not above 0.

@@ -23,7 +23,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def wide(x: Tensor) -> Tensor:
-    """[any] in the dtype that is computed in: float64 stays, everything else becomes float32."""
+    """[...] in the dtype that is computed in: float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -70,22 +70,29 @@ def weight_dtype(logits: torch.dtype, spec: RouterSpec) -> torch.dtype:
 
 def scores(logits: Tensor, spec: RouterSpec) -> Tensor:
     """[T, E] scores of the logits [T, E]; `softmax_topk` scores by the logits themselves."""
-    x = wide(logits)
     if spec.score == "softmax_topk":
-        return x
-    x = x.softmax(dim=1) if spec.score == "softmax" else x.sigmoid()
-    return wide(x.to(logits.dtype)) if spec.score_dtype == "logits" else x
+        return wide(logits)
+    x = in_score_dtype(logits, spec)
+    return x.softmax(dim=1, dtype=x.dtype) if spec.score == "softmax" else x.sigmoid()
+
+
+def in_score_dtype(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """[T, any] logits in the dtype of the spec's arithmetic, in which every step from scores to weights is rounded.
+
+    With the explicit dtypes below autocast, which the caller may have on, changes nothing.
+    """
+    return logits if spec.score_dtype == "logits" else wide(logits)
 
 
 def chosen_weights(logits: Tensor, experts: Tensor, spec: RouterSpec) -> Tensor:
     """[T, K] weights of `experts` [T, K], from the logits [T, E], before padding and the cast."""
     if spec.score == "softmax_topk":
-        w = wide(logits).gather(1, experts).softmax(dim=1)
-        w = wide(w.to(logits.dtype)) if spec.score_dtype == "logits" else w
+        x = in_score_dtype(logits, spec).gather(1, experts)
+        w = x.softmax(dim=1, dtype=x.dtype)
     else:
         w = scores(logits, spec).gather(1, experts)
     if spec.renormalize:
-        w = w / (w.sum(dim=1, keepdim=True) + spec.eps)
+        w = w / (w.sum(dim=1, keepdim=True, dtype=w.dtype) + spec.eps)
     return w * spec.scale
 
 
@@ -117,7 +124,7 @@ def native_topk(logits: Tensor, k: int, spec: RouterSpec, bias: Tensor | None) -
 
     NaN counts as the largest value, as in torch.sort. Experts of closed groups count as -inf.
     """
-    select = wide(logits) if selects_by_logits(spec, bias) else scores(logits, spec)
+    select = wide(logits) if selects_by_logits(spec, bias) else wide(scores(logits, spec))
     if bias is not None:
         select = select + wide(bias)
     if spec.groups > 1:

@@ -27,7 +27,7 @@ class RouterSpec:
         groups: expert groups for group-limited selection; 1 is none.
         topk_groups: groups that stay open.
         group_score: score of a group: "top2" sum of its best two, "topk_share" sum of its best K/topk_groups, "max".
-        score_dtype: arithmetic of the scores: "float32", or "logits" for the logits' own dtype.
+        score_dtype: arithmetic from scores to weights: "float32", or "logits": each step rounded to the logits' dtype.
         weight_dtype: dtype of the weights returned: "float32", or "logits".
 
     Raises:
@@ -59,5 +59,5 @@ class RouterSpec:
                 f"RouterSpec expects 1 <= topk_groups <= groups, got topk_groups={self.topk_groups}, "
                 f"groups={self.groups}"
             )
-        if self.eps < 0 or not self.scale > 0:
+        if not (self.eps >= 0 and self.scale > 0):
             raise ValueError(f"RouterSpec expects eps >= 0 and scale > 0, got eps={self.eps}, scale={self.scale}")

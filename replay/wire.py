@@ -34,8 +34,8 @@ def decode_sglang(
         payload: base64 text.
         geometry: the served model's; MoE layers are taken by global id, whatever stands at dense layers is dropped.
         rows: rows that the answer must hold: prompt + output tokens - 1 - routed_experts_start_len.
-        provenance: one code for all rows, or [rows].
-        version: weight version, one for all rows, or [rows].
+        provenance: one code for all R rows, or [R].
+        version: weight version, one for all R rows, or [R].
 
     Raises:
         PayloadError: not base64, another number of rows, or an expert id out of range. Lengths are checked before

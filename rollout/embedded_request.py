@@ -179,7 +179,7 @@ class Request:
         return len(self.prompt_ids) + len(self.output_ids)
 
     def add_rows(self, rows: NDArray[Any], start: int) -> None:
-        """Keep the routing rows [n, L, K] of the inputs start..start+n-1, but only those not recorded before.
+        """Keep the routing rows [R, L, K] of the inputs start..start+R-1, but only those not recorded before.
 
         A retracted request computes its rows again under newer weights; the first ones belong to the logprobs.
         """

@@ -159,7 +159,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def prefill_mask(width: int, rows: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Additive mask [rows, 1, W, W] of right-padded prompts: causal.
+    """Additive mask [B, 1, W, W] of B = `rows` right-padded prompts: causal.
 
     A prompt's own tokens stand before its padding, so causality alone keeps the padding out of every real row.
     """

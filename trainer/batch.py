@@ -22,7 +22,7 @@ class Sample:
 
 
 def split_steps(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
-    """Shuffle `count` samples into `parts` optimizer steps of nearly equal size; empty ones are left out."""
+    """Shuffle `count` samples into `parts` optimizer steps of nearly equal size, indices [S]; empty ones go."""
     order = np.random.default_rng(seed).permutation(count)
     return [part for part in np.array_split(order, parts) if len(part)]
 

@@ -134,9 +134,9 @@ def test_update_moves_the_weights_and_reports(backend: HfBackend, trajectories: 
     prepared, _ = prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], "rollout")
     backend.audit()
     said = update(backend, prepared, PolicyConfig(entropy_coef=0.01), step=0)
-    assert said["ratio"] == pytest.approx(1.0, abs=1e-4), "the first update starts from the old policy"
+    assert said["ratio_mean"] == pytest.approx(1.0, abs=1e-4), "the first update starts from the old policy"
     assert said["grad_norm"] > 0
-    assert 0.9 < said["importance_weight"] < 1.1
+    assert 0.9 < said["tis_mean"] < 1.1
     assert said["entropy"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
     assert backend.audit().total("replayed") == COUNT * (LENGTH - 1) * len(backend.replay.layers)
