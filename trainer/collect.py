@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from pacenote.rollout.samples import decode_samples
 from pacenote.rollout.trajectory import Trajectory
-from pacenote.trainer.errors import EngineDied, StaleWeights
+from pacenote.trainer.errors import EngineDied, StaleWeights, TaskFailed
 from pacenote.trainer.tasks import Chat, Environment, Message, Reward, Task, score
 
 
@@ -95,6 +97,7 @@ def collect(
 
     Raises:
         EngineDied: every episode failed, with the first reason.
+        TaskFailed: the environment or the reward raised.
     """
     return asyncio.run(_collect(tasks, environment, reward, sessions, config, seed, watch))
 
@@ -163,8 +166,7 @@ async def _episode(
         opened = await client.post(f"{sessions}/sessions")
         opened.raise_for_status()
         url = f"{sessions}/sessions/{opened.json()['session_id']}"
-        messages = await environment(Chat(client, f"{url}/v1", defaults, seed), task)
-        worth = await score(reward, messages, task.label)
+        messages, worth = await _play(Chat(client, f"{url}/v1", defaults, seed), task, environment, reward)
         reply = await client.post(f"{url}/samples")
         reply.raise_for_status()
         return Episode(task, messages, worth, decode_samples(reply.content))
@@ -174,6 +176,24 @@ async def _episode(
         if url is not None:
             with contextlib.suppress(httpx.HTTPError):
                 await client.delete(url)
+
+
+async def _play(chat: Chat, task: Task, environment: Environment, reward: Reward) -> tuple[list[Message], float | None]:
+    """Conversation and worth; somebody's environment or reward may raise anything, most often a transport's error."""
+    try:
+        messages = await environment(chat, task)
+        return messages, await score(reward, messages, task.label)
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:  # clients wrap the transport's error in one of their own
+            if isinstance(link, httpx.HTTPError):
+                raise link from None
+            link = link.__cause__ or link.__context__
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise TaskFailed(
+            f"environment or reward raised {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}, line {place.lineno}: {place.line})"
+        ) from error
 
 
 def check_versions(episodes: list[Episode], expected: int) -> None:

@@ -4,6 +4,7 @@
     - EngineDied: the rollout engine's process ended or stopped answering.
     - StaleWeights: an answer was sampled with other weights than the trainer's last push.
     - NotFinite: a loss or gradient is NaN or infinite.
+    - TaskFailed: the environment or the reward raised.
     - Interrupted: a person asked the run to stop.
 """
 
@@ -26,6 +27,10 @@ class StaleWeights(TrainerError):
 
 class NotFinite(TrainerError):
     """A loss or gradient is NaN or infinite; the weights of the last good step are kept."""
+
+
+class TaskFailed(TrainerError):
+    """The environment or the reward raised; the message names the place."""
 
 
 class Interrupted(TrainerError):

@@ -41,7 +41,7 @@ def train(config: RunConfig) -> RunDir:
     run = RunDir.create(config)
     model = config.model or build_tiny(run.root / "model", seed=config.seed, shape=config.tiny)
     backend = HfBackend(model, config.optim, device=device, temperature=config.rollout.temperature)
-    return _run(config, run, game, backend, first=0)
+    return _run(config, run.begin(config), game, backend, first=0)
 
 
 def resume(root: Path) -> RunDir:

@@ -60,10 +60,10 @@ class RunDir:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
-        """Make the folder of a new run and write its configuration.
+        """Make the folder of a new run. Only `begin` makes it a run.
 
         Raises:
-            ValueError: the folder already holds a run.
+            ValueError: the folder already holds a run, or cannot be made.
         """
         root = config.out or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = cls(root.resolve())
@@ -72,10 +72,14 @@ class RunDir:
         try:
             for path in (run.root, run.samples, run.checkpoints, run.weights, run.logs):
                 path.mkdir(parents=True, exist_ok=True)
-            run.config.write_text(configs.dump(config), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"--out {root}: cannot make the run folder ({error.strerror})") from error
         return run
+
+    def begin(self, config: RunConfig) -> RunDir:
+        """Write the configuration, once all that it names was found to be there."""
+        self.config.write_text(configs.dump(config), encoding="utf-8")
+        return self
 
     @classmethod
     def open(cls, root: Path) -> tuple[RunDir, RunConfig]:
@@ -116,9 +120,10 @@ class RunDir:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def write_samples(self, step: int, episodes: list[Episode], count: int = 8) -> None:
-        """Write the first `count` conversations of a step as text."""
+        """Write about `count` conversations of a step as text, spread over its prompts."""
         parts = [f"step {step}\n"]
-        for number, episode in enumerate(episodes[:count]):
+        for number in range(0, len(episodes), max(1, len(episodes) // count)):
+            episode = episodes[number]
             worth = "none" if episode.reward is None else f"{episode.reward:.3f}"
             parts.append(f"--- {number}  reward {worth}" + (f"  ({episode.error})" if episode.error else ""))
             for message in episode.messages:

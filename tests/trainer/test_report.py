@@ -32,7 +32,8 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
 
 def run_with(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> RunDir:
     """A run folder with these rows."""
-    run = RunDir.create(RunConfig(recipe="tiny", out=tmp_path / "run", **changes))
+    config = RunConfig(recipe="tiny", out=tmp_path / "run", **changes)
+    run = RunDir.create(config).begin(config)
     with metrics.MetricsLog(run.metrics) as log:
         for item in rows:
             log.append(item)

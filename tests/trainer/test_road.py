@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from pacenote.trainer import metrics
+from pacenote.trainer.cli import main
 
 pytestmark = [pytest.mark.road, pytest.mark.timeout(600)]
 SMALL = ["--rollout.prompts", "8", "--rollout.group", "4"]
@@ -29,9 +30,11 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "pacenote", *words]
 
 
-def pacenote(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, check=False)
+def pacenote(*words: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, with `path` on PYTHONPATH."""
+    known = [str(path)] if path else []
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*known, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=240, check=False, env=env)
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:
@@ -109,10 +112,7 @@ def test_own_prompts(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "run"),
     ]
-    done = subprocess.run(
-        command(*words, *SMALL), capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
-    )  # fmt: skip
+    done = pacenote(*words, *SMALL, path=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert row["reward"] > 0
@@ -179,6 +179,18 @@ def test_a_dead_engine_is_restarted(background: Any) -> None:
     assert replay_works(rows)
 
 
+def test_an_engine_that_dies_too_often_stops_the_run_with_its_state_saved(background: Any) -> None:
+    run = background("train", "tiny", "--steps", "5", "--out", "OUT", "--rollout.restarts", "0", *SMALL)
+    run.wait_for_steps(1)
+    os.kill(run.engine(), signal.SIGKILL)
+    assert run.finish() == 1
+    said = run.log.read_text().strip().splitlines()[-1]
+    assert re.match(r"pacenote: the engine.* it was started again 0 times, which is the limit", said)
+    assert f"--resume {run.out}" in said
+    done = [row["step"] for row in metrics.read(run.out / "metrics.jsonl")]
+    assert [path.name for path in (run.out / "checkpoints").iterdir()] == [f"step_{len(done):06d}"]
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(background: Any) -> None:
     run = background("train", "tiny", "--steps", "5", "--out", "OUT", *SMALL)
     run.wait_for_steps(2)
@@ -204,27 +216,28 @@ def test_nan_loss_stops_with_one_sentence(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "run"),
         "--optim.lr",
-        "1e38",
+        "1e30",
         "--optim.warmup",
         "1",
     ]
     done = pacenote(*words, *SMALL)
     assert done.returncode == 1, done.stdout
-    assert "Traceback" not in done.stderr
-    assert re.search(r"pacenote: the (loss|gradient norm) is (nan|inf) at step \d", done.stderr)
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.match(r"pacenote: the (loss|gradient norm) is (nan|inf) at step \d", one_line(done.stderr))
 
 
-def refused(*words: str, status: int = 2) -> str:
-    """The one sentence that a refused command prints."""
-    done = pacenote(*words)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = done.stderr.strip().splitlines()
+def one_line(text: str) -> str:
+    """The one sentence of an error output."""
+    assert "Traceback" not in text
+    (line,) = text.strip().splitlines()
+    assert line.startswith("pacenote: ")
     return line
 
 
-def test_wrong_input_gives_one_sentence(tmp_path: Path) -> None:
+def test_wrong_input_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*words: str) -> str:
+        assert main(list(words)) == 2
+        return one_line(capsys.readouterr().err)
+
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"messages": 3}\n')
     assert "no such file" in refused("train", "tiny", "--data", str(tmp_path / "none.jsonl"))
@@ -234,10 +247,19 @@ def test_wrong_input_gives_one_sentence(tmp_path: Path) -> None:
     assert "is not a run folder" in refused("train", "--resume", str(tmp_path))
     assert "cannot import 'nowhere'" in refused("train", "tiny", "--reward", "nowhere:reward")
     assert "unknown command 'trian'" in refused("trian")
-    assert "expected a model directory" in refused(
-        "train", "tiny", "--model", str(tmp_path), "--out", str(tmp_path / "m")
-    )
-    assert "--steps expects at least 1" in refused("train", "tiny", "--steps", "0")
+    out = ["--out", str(tmp_path / "run")]
+    for _ in range(2):  # what was refused is not a run yet, so the folder can be used again
+        assert "expected a model directory" in refused("train", "tiny", "--model", str(tmp_path), *out)
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--stepz", "3"], ["--replay", "always"]])
+def test_wrong_flags_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "tiny", *words])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert words[0] in said
+    assert "Traceback" not in said
 
 
 def test_port_in_use(tmp_path: Path) -> None:
@@ -245,9 +267,22 @@ def test_port_in_use(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        said = refused("train", "tiny", "--rollout.engine-port", port, "--out", str(tmp_path / "run"), status=1)
+        done = pacenote("train", "tiny", "--rollout.engine-port", port, "--out", str(tmp_path / "run"))
+    assert done.returncode == 1
+    said = one_line(done.stderr)
     assert port in said
     assert "in use" in said
+
+
+def test_a_reward_that_raises_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(messages, label):\n    return label['price']\n")
+    done = pacenote(
+        "train", "tiny", "--reward", "mine:reward", "--out", str(tmp_path / "run"), *SMALL, path=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    said = one_line(done.stderr)
+    assert "environment or reward raised KeyError: 'price' (mine.py, line 2: return label['price'])" in said
+    assert f"--resume {tmp_path / 'run'}" in said
 
 
 def test_help_reads_well() -> None:
