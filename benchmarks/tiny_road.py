@@ -31,13 +31,14 @@ def run(seed: int, replay: str, steps: int, folder: Path) -> dict[str, Any]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
     rows = metrics.read(folder / "metrics.jsonl")
+    first, last, _ = findings.ends(rows, "reward")
     trained, native = findings.mean(rows, "abs_delta_logp"), findings.mean(rows, "abs_delta_logp_native")
     return {
         "seed": seed,
         "replay": replay,
         "steps": steps,
-        "reward_first5": findings.mean(rows[: findings.EDGE], "reward"),
-        "reward_last5": findings.mean(rows[-findings.EDGE :], "reward"),
+        "reward_first": first,
+        "reward_last": last,
         "abs_delta_logp": trained,
         "abs_delta_logp_native": native,
         "ratio": trained / native,

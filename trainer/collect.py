@@ -40,6 +40,8 @@ class RolloutConfig:
     """How often a dead engine is started again before the run stops."""
     engine_dtype: str = "bfloat16"
     """Number format of the embedded engine."""
+    engine_device: str = "auto"
+    """Torch device of the embedded engine; auto: the trainer's."""
     engine_port: int = 0
     """Port of the embedded engine; 0 picks a free one."""
     session_port: int = 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-EDGE = 5  # steps averaged at each end of the run
+EDGE = 5  # steps averaged at each end of the run, at most
 RECENT = 10  # steps without a single flip that count as collapsed routing
 
 
@@ -24,6 +24,12 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
     """Mean of a column over the rows that have it; NaN if none has."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return float(np.mean(values)) if values else math.nan
+
+
+def ends(rows: list[dict[str, Any]], name: str) -> tuple[float, float, int]:
+    """Means of a column over the first and over the last steps of a run, which do not overlap, and their number."""
+    edge = min(EDGE, max(1, len(rows) // 2))
+    return mean(rows[:edge], name), mean(rows[-edge:], name), edge
 
 
 def total(rows: list[dict[str, Any]], name: str) -> int:
@@ -70,7 +76,7 @@ def findings(rows: list[dict[str, Any]], replay: str) -> list[Finding]:
 
 
 def _reward(rows: list[dict[str, Any]]) -> Finding:
-    first, last, edge = mean(rows[:EDGE], "reward"), mean(rows[-EDGE:], "reward"), min(EDGE, len(rows))
+    first, last, edge = ends(rows, "reward")
     return Finding(
         "measured",
         f"Mean reward went from {first:.3f} (first {edge} steps) to {last:.3f} (last {edge}), over {len(rows)} steps.",

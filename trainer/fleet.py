@@ -18,9 +18,10 @@ GRACE = 2.0  # seconds between an answer that failed and the process that is see
 class Fleet:
     """Starts the servers, gives the engine its weights, restarts it when it dies, stops what it started."""
 
-    def __init__(self, config: RolloutConfig, *, weights: Path, logs: Path, seed: int) -> None:
-        """Remember what to start; nothing runs before `start`."""
+    def __init__(self, config: RolloutConfig, *, weights: Path, logs: Path, seed: int, device: str) -> None:
+        """Remember what to start (`device` is the trainer's); nothing runs before `start`."""
         self.config, self.weights, self.logs, self.seed = config, weights, logs, seed
+        self.device = device if config.engine_device == "auto" else config.engine_device
         self.serving: int | None = None
         self.restarts = 0
         self._engine: Service | None = None
@@ -120,6 +121,7 @@ class Fleet:
             model,
             port=port,
             dtype=self.config.engine_dtype,
+            device=self.device,
             weight_version=str(version),
             threads=self.config.engine_threads,
             random_seed=self.seed,

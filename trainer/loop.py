@@ -78,7 +78,9 @@ def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, firs
     with ExitStack() as stack:
         stack.callback(backend.close)
         stop = stack.enter_context(Interrupt())
-        fleet = stack.enter_context(Fleet(config.rollout, weights=run.weights, logs=run.logs, seed=config.seed))
+        fleet = stack.enter_context(
+            Fleet(config.rollout, weights=run.weights, logs=run.logs, seed=config.seed, device=backend.device)
+        )
         log = stack.enter_context(metrics.MetricsLog(run.metrics, first_step=first))
         display = stack.enter_context(Display(config, run))
         try:

@@ -64,13 +64,10 @@ def _subtitle(run: RunDir, config: RunConfig, rows: list[dict[str, Any]]) -> str
 
 
 def _tiles(rows: list[dict[str, Any]]) -> str:
-    edge = findings.EDGE
+    first, last, _ = findings.ends(rows, "reward")
     trained, native = findings.mean(rows, "abs_delta_logp"), findings.mean(rows, "abs_delta_logp_native")
     tiles = [
-        (
-            f"{findings.mean(rows[:edge], 'reward'):.2f} → {findings.mean(rows[-edge:], 'reward'):.2f}",
-            "reward, first and last steps",
-        ),
+        (f"{first:.2f} → {last:.2f}", "reward, first and last steps"),
         (f"{trained:.4f}", "mean |Δlogp| as trained"),
         (f"{native:.4f}", "mean |Δlogp|, own routing"),
         (f"{findings.mean(rows, 'flipped'):.2%}", "token-layers routed differently"),
