@@ -13,7 +13,7 @@ def tiny() -> RunConfig:
     """A GLM-4.7-Flash shape with half a million parameters learns the letters task from random weights."""
     return RunConfig(
         recipe="tiny",
-        optim=OptimConfig(lr=3e-3, warmup=5),
+        optim=OptimConfig(lr=5e-3, warmup=5),
         loss=PolicyConfig(entropy_coef=0.02),
     )
 
