@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,11 @@ def takes_triton(x: Tensor) -> bool:
     return triton is not None and x.dtype != torch.float64 and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Launch on the device of a tensor [any], which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """rows a program works on, and its warps."""
@@ -33,11 +39,11 @@ class Blocks:
 
 
 def row_blocks(lanes: int) -> Blocks:
-    """Blocks for a kernel that holds `lanes` numbers a row in registers: about 2048 numbers a program of four warps.
+    """Blocks for a kernel that holds `lanes` numbers a row in registers: about 1024 numbers a program of four warps.
 
     The interpreter pays for programs, not for numbers: there a program takes many rows.
     """
-    return Blocks(rows=64 if INTERPRETED else max(1, min(16, 2048 // lanes)), warps=4)
+    return Blocks(rows=64 if INTERPRETED else max(1, min(16, 1024 // lanes)), warps=4)
 
 
 def next_power_of_2(n: int) -> int:

@@ -1,7 +1,8 @@
 """Logprob and entropy of targets, in chunks, so that no array [T, V] lives across them. Definition: reference.logprob.
 
-The backward pass recomputes a chunk's logits from hidden states; what is kept is [T]: the log of the partition sum and
-the entropy. With z the logits over the temperature, p = softmax(z), y the target, H the entropy:
+The backward pass recomputes a chunk's logits from hidden states; what is kept is the entropy [T]. The log of the
+partition sum is not: z minus one rounded number would be off by an ulp of the largest logit, which log_softmax is not.
+With z the logits over the temperature, p = softmax(z), y the target, H the entropy:
 
     d logprob / dz = onehot(y) - p        d H / dz = -p (log p + H)
 
@@ -71,7 +72,7 @@ def linear_logprob(
     if bias is not None:
         check.tensor(bias, "bias", (weight.shape[0],), check.FLOATS, hidden.device)
         bias = bias[:bound]
-    rows = _Rows.of(targets, temperature, ignore_index, bound, mask, hidden.device)
+    rows = _Rows.of(targets, temperature, ignore_index, bound, mask, hidden)
     out = _Linear.apply(rows.take(flat), weight[:bound], bias, rows, _chunk(chunk, bound))  # type: ignore[no-untyped-call]
     return rows.place(out[0]), rows.place(out[1])
 
@@ -101,7 +102,7 @@ def logprob_from_logits(
             f"expected floating logits {[*targets.shape, 'V']} for these targets, "
             f"got {list(logits.shape)} of {check.short(logits.dtype)}"
         )
-    rows = _Rows.of(targets, temperature, ignore_index, bound, mask, logits.device)
+    rows = _Rows.of(targets, temperature, ignore_index, bound, mask, logits)
     flat = logits.reshape(-1, logits.shape[-1])[:, :bound]
     out = _Given.apply(rows.take(flat), rows, _chunk(chunk, bound))  # type: ignore[no-untyped-call]
     return rows.place(out[0]), rows.place(out[1])
@@ -128,7 +129,7 @@ class _Rows:
         targets: [T] int64, within the vocabulary.
         live: [T] bool, False where the target is ignored: neither result nor gradient.
         valid: [T] bool, False where the target is out of range or the temperature not positive: the result is NaN.
-        temperature: [T] or 0-d float32.
+        temperature: [T] or 0-d, in the dtype of the logits that are computed.
         picked: [T] int64, their places among all, or None for all of them.
         shape: of the result.
     """
@@ -148,9 +149,10 @@ class _Rows:
         ignore_index: int,
         bound: int,
         mask: Tensor | None,
-        device: torch.device,
+        like: Tensor,
     ) -> _Rows:
-        """Check targets, temperature and mask [...], and pick the tokens whose mask is set."""
+        """Check targets, temperature and mask [...] against `like` [..., any]; pick the tokens whose mask is set."""
+        device, kind = like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
         check.tensor(targets, "targets", tuple(targets.shape), (torch.int64, torch.int32), device)
         flat = targets.reshape(-1).long()
         picked = None
@@ -160,19 +162,20 @@ class _Rows:
             flat = flat[picked]
         if isinstance(temperature, Tensor):
             check.tensor(temperature, "temperature", tuple(targets.shape), check.FLOATS, device)
-            heat = wide(temperature).reshape(-1)
+            heat = temperature.to(kind).reshape(-1)
             heat = heat if picked is None or not temperature.ndim else heat[picked]
         else:
             if not 0 < temperature < float("inf"):
                 raise ValueError(f"expected a temperature above 0, got {temperature}")
-            heat = torch.tensor(float(temperature), dtype=torch.float32, device=device)
+            heat = torch.tensor(float(temperature), dtype=kind, device=device)
         live = flat != ignore_index
         inside = (flat >= 0) & (flat < bound)
         if device.type == "cpu" and not bool((inside | ~live).all()):
             wrong = int(flat[~inside & live][0])
             raise ValueError(f"expected targets in [0, {bound}) or ignore_index={ignore_index}, got {wrong}")
-        if device.type == "cpu" and not bool((heat > 0).all()):
-            raise ValueError(f"expected temperatures above 0, got {float(heat[~(heat > 0)].reshape(-1)[0])}")
+        cold = ~(heat > 0) & live
+        if device.type == "cpu" and bool(cold.any()):
+            raise ValueError(f"expected temperatures above 0, got {float(heat.expand_as(cold)[cold][0])}")
         return cls(flat.clamp(0, bound - 1), live, inside & (heat > 0), heat, picked, targets.shape)
 
     def take(self, values: Tensor) -> Tensor:
@@ -196,30 +199,26 @@ class _Rows:
         return self.temperature[part, None] if self.temperature.ndim else self.temperature
 
 
-def _score(z: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob [C], entropy [C] and log partition sum [C] of a chunk's scaled logits z [C, V]."""
+def _score(z: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Tensor]:
+    """logprob [C] and entropy [C] of a chunk's scaled logits z [C, V]; NaN where they are no distribution."""
     live, valid = rows.live[part], rows.valid[part]
-    lse = z.logsumexp(dim=1)
-    chosen = z.gather(1, rows.targets[part, None])[:, 0] - lse
-    logp = z - lse[:, None]
+    logp = z.log_softmax(dim=1)
     p = logp.exp()
     # p log p is 0 at p = 0, where the logarithm may be -inf
-    entropy = -torch.where(p > 0, p * logp, 0.0).sum(dim=1)
-    nan = float("nan")
-    entropy = torch.where(lse.isfinite(), entropy, nan)
-    chosen, entropy = torch.where(valid, chosen, nan), torch.where(valid, entropy, nan)
-    return torch.where(live, chosen, 0.0), torch.where(live, entropy, 0.0), lse
+    entropy = -torch.where(p == 0, 0.0, p * logp).sum(dim=1)
+    chosen = logp.gather(1, rows.targets[part, None])[:, 0]
+    chosen, entropy = (torch.where(valid, x, float("nan")) for x in (chosen, entropy))
+    return torch.where(live, chosen, 0.0), torch.where(live, entropy, 0.0)
 
 
-def _slope(z: Tensor, rows: _Rows, part: slice, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Tensor:
+def _slope(z: Tensor, rows: _Rows, part: slice, entropy: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
     """Gradient [C, V] of a chunk's unscaled logits, from its scaled ones; exactly 0 for ignored tokens."""
-    entropy, lse = (x[part, None] for x in saved)
     chosen_grad, entropy_grad = (g[part, None].to(z.dtype) for g in grads)
-    logp = z - lse
+    logp = z.log_softmax(dim=1)
     p = logp.exp()
-    slope = torch.where(p > 0, -p * (chosen_grad + entropy_grad * (logp + entropy)), 0.0)
+    slope = torch.where(p == 0, 0.0, -p * (chosen_grad + entropy_grad * (logp + entropy[part, None])))
     slope.scatter_add_(1, rows.targets[part, None], chosen_grad)
-    slope = torch.where(rows.valid[part, None] & lse.isfinite(), slope, float("nan"))
+    slope = torch.where(rows.valid[part, None], slope, float("nan"))
     return torch.where(rows.live[part, None], slope / rows.heat(part), 0.0)
 
 
@@ -229,7 +228,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)  # inputs as they are, sums and result in float32
     else:
         logits = wide(x) @ wide(weight).t()
-    return logits if bias is None else logits + bias
+    return logits if bias is None else logits + bias.to(logits.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -239,34 +238,36 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, chunk: int) -> Any:
         """hidden [T, D], weight [V, D], bias [V] -> logprob [T], entropy [T]."""
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        chosen, entropy, lse = (torch.empty(len(hidden), dtype=kind, device=hidden.device) for _ in range(3))
-        for part in rows.chunks(chunk):
-            x = torch.where(rows.live[part, None], hidden[part], 0.0)
-            z = _project(x, weight, bias) / rows.heat(part)
-            chosen[part], entropy[part], lse[part] = _score(z, rows, part)
+        chosen, entropy = (torch.empty(len(hidden), dtype=kind, device=hidden.device) for _ in range(2))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in rows.chunks(chunk):
+                x = torch.where(rows.live[part, None], hidden[part], 0.0)
+                z = _project(x, weight, bias) / rows.heat(part)
+                chosen[part], entropy[part] = _score(z, rows, part)
         ctx.rows, ctx.chunk = rows, chunk
-        ctx.save_for_backward(hidden, weight, bias, entropy, lse)
+        ctx.save_for_backward(hidden, weight, bias, entropy)
         return chosen, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, chosen_grad: Tensor, entropy_grad: Tensor) -> Any:
         """Gradients of hidden [T, D], weight [V, D], bias [V]; the latter two summed in float32, chunk after chunk."""
-        hidden, weight, bias, entropy, lse = ctx.saved_tensors
+        hidden, weight, bias, entropy = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if want_bias else None
-        for part in ctx.rows.chunks(ctx.chunk):
-            x = torch.where(ctx.rows.live[part, None], hidden[part], 0.0)  # 0 * NaN must not reach the weight
-            z = _project(x, weight, bias) / ctx.rows.heat(part)
-            slope = _slope(z, ctx.rows, part, (entropy, lse), (chosen_grad, entropy_grad))
-            if grad_hidden is not None:
-                grad_hidden[part] = slope.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(slope.t(), x.to(slope.dtype))
-            if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in ctx.rows.chunks(ctx.chunk):
+                x = torch.where(ctx.rows.live[part, None], hidden[part], 0.0)  # 0 * NaN must not reach the weight
+                z = _project(x, weight, bias) / ctx.rows.heat(part)
+                slope = _slope(z, ctx.rows, part, entropy, (chosen_grad, entropy_grad))
+                if grad_hidden is not None:
+                    grad_hidden[part] = slope.to(weight.dtype) @ weight
+                if grad_weight is not None:
+                    grad_weight.addmm_(slope.t(), x.to(slope.dtype))
+                if grad_bias is not None:
+                    grad_bias += slope.sum(dim=0)
         cast = [g if g is None else g.to(like.dtype) for g, like in ((grad_weight, weight), (grad_bias, bias))]
         return grad_hidden, *cast, None, None
 
@@ -278,20 +279,20 @@ class _Given(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rows: _Rows, chunk: int) -> Any:
         """logits [T, V] -> logprob [T], entropy [T]."""
         kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        chosen, entropy, lse = (torch.empty(len(logits), dtype=kind, device=logits.device) for _ in range(3))
+        chosen, entropy = (torch.empty(len(logits), dtype=kind, device=logits.device) for _ in range(2))
         for part in rows.chunks(chunk):
-            chosen[part], entropy[part], lse[part] = _score(wide(logits[part]) / rows.heat(part), rows, part)
+            chosen[part], entropy[part] = _score(wide(logits[part]) / rows.heat(part), rows, part)
         ctx.rows, ctx.chunk = rows, chunk
-        ctx.save_for_backward(logits, entropy, lse)
+        ctx.save_for_backward(logits, entropy)
         return chosen, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, chosen_grad: Tensor, entropy_grad: Tensor) -> Any:
         """Gradient [T, V] of the logits, in their dtype."""
-        logits, entropy, lse = ctx.saved_tensors
+        logits, entropy = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for part in ctx.rows.chunks(ctx.chunk):
             z = wide(logits[part]) / ctx.rows.heat(part)
-            grad[part] = _slope(z, ctx.rows, part, (entropy, lse), (chosen_grad, entropy_grad)).to(grad.dtype)
+            grad[part] = _slope(z, ctx.rows, part, entropy, (chosen_grad, entropy_grad)).to(grad.dtype)
         return grad, None, None

@@ -133,8 +133,9 @@ def pack(
         replay_provenance: codes of `kernels.spec`.
 
     Raises:
-        ValueError: arrays of a sample whose lengths disagree, samples whose rows have different [L, K], ids that their
-            dtype cannot hold, a logprob or advantage of a trained token that is not finite.
+        ValueError: arrays of a sample whose lengths disagree or whose dtypes are of another kind, samples whose rows
+            have different [L, K], ids that their dtype cannot hold, a logprob or advantage of a trained token that is
+            not finite.
     """
     if (max_len is not None and max_len < 2) or pad_to_multiple < 1:
         raise ValueError(f"expected max_len >= 2 and pad_to_multiple >= 1, got {max_len} and {pad_to_multiple}")
@@ -154,9 +155,7 @@ def pack(
     padding = -length % pad_to_multiple
     mask = _joined([np.asarray(s.loss_mask, dtype=bool) for s in chosen], np.bool_)[index.token + 1]
     tokens = _joined([s.tokens for s in chosen], np.int32)
-    given = [
-        np.broadcast_to(np.asarray(0.0 if advantages is None else advantages[i]), len(samples[i].tokens)) for i in kept
-    ]
+    given = [_by_token(0.0 if advantages is None else advantages[i], s, i) for i, s in enumerate(samples)]
     routes = _routes(chosen, [lengths[i] for i in kept], index, padding, num_experts, layers, replay_provenance)
 
     def place(values: Tensor, fill: int) -> Tensor:
@@ -168,8 +167,8 @@ def pack(
         tokens=place(tokens[index.token], 0),
         targets=place(tokens[index.token + 1].long(), 0),
         loss_mask=place(mask, 0),
-        logprobs=place(_trained([s.logprobs for s in chosen], index, mask, "logprob"), 0),
-        advantages=place(_trained(given, index, mask, "advantage"), 0),
+        logprobs=place(_trained([s.logprobs for s in chosen], index, mask, "logprob", kept), 0),
+        advantages=place(_trained([given[i] for i in kept], index, mask, "advantage", kept), 0),
         old_logprobs=None,
         positions=torch.cat([index.position, torch.arange(padding)]).to(device, non_blocking=True),
         cu_seqlens=torch.cat([counts.new_zeros(1), counts.cumsum(0).int()]).to(device, non_blocking=True),
@@ -193,16 +192,35 @@ def _joined(arrays: Sequence[NDArray[Any]], dtype: Any) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(np.asarray(a, dtype) for a in arrays)]))
 
 
-def _trained(arrays: Sequence[NDArray[Any]], index: reference.PackIndex, mask: Tensor, name: str) -> Tensor:
+def _by_token(advantage: float | NDArray[Any], sample: Sample, number: int) -> NDArray[Any]:
+    """[N] advantages of a sample's tokens."""
+    values, n = np.asarray(advantage), len(sample.tokens)
+    if values.shape not in ((), (n,)):
+        raise ValueError(f"expected sample {number}'s advantage as a number or [{n}], got {list(values.shape)}")
+    return np.broadcast_to(values, n)
+
+
+def _trained(
+    arrays: Sequence[NDArray[Any]], index: reference.PackIndex, mask: Tensor, name: str, kept: Sequence[int]
+) -> Tensor:
     """[T] float32 of the targets, 0 where the mask [T] is; refuses what is not finite where it is set."""
     values = torch.where(mask, _joined(arrays, np.float32)[index.token + 1], 0.0)
     if not values.isfinite().all():
         at = int((~values.isfinite()).nonzero()[0])
         raise ValueError(
             f"expected finite {name}s for trained tokens, got {float(values[at])} for token "
-            f"{int(index.position[at]) + 1} of kept sample {int(index.segment[at])}: mask the token or drop the sample"
+            f"{int(index.position[at]) + 1} of sample {kept[int(index.segment[at])]}: mask the token or drop the sample"
         )
     return values
+
+
+_KINDS = (
+    ("tokens", "iu", "integers"),
+    ("loss_mask", "biu", "integers or booleans"),
+    ("logprobs", "f", "floats"),
+    ("version", "iu", "integers"),
+    ("provenance", "iu", "integers"),
+)
 
 
 def _check_sample(sample: Sample, index: int) -> None:
@@ -213,6 +231,13 @@ def _check_sample(sample: Sample, index: int) -> None:
         shape = np.shape(getattr(sample, name))
         if shape != (size,):
             raise ValueError(f"expected sample {index}'s {name} [{size}] for its {n} tokens, got {list(shape)}")
+    for name, kinds, words in _KINDS:
+        array = np.asarray(getattr(sample, name))
+        if array.size and array.dtype.kind not in kinds:
+            raise ValueError(f"expected sample {index}'s {name} as {words}, got {array.dtype}")
+    tokens = np.asarray(sample.tokens)
+    if n and (int(tokens.min()) < -(2**31) or int(tokens.max()) >= 2**31):
+        raise ValueError(f"expected sample {index}'s tokens within int32, got {int(tokens.min())}..{int(tokens.max())}")
     experts = sample.experts
     if experts is None:
         return
@@ -240,11 +265,13 @@ def _routes(
         raise ValueError(f"expected samples with rows of one shape [L, K], got {sorted(shapes)}")
     [(num_layers, k)] = shapes
     num_experts = _num_experts(samples, num_experts)
-    filler = padding or any(sample.experts is None for sample in samples)
-    if num_experts is None and filler:
+    if num_experts is None and (padding or any(sample.experts is None for sample in samples)):
         raise ValueError("expected num_experts: padding, and samples without rows, are spread over the expert range")
+    if num_experts is not None and k > num_experts:
+        raise ValueError(f"expected rows of at most {num_experts} experts a token, got {k}")
     dtype = _row_dtype(samples, num_experts)
-    spread = reference.pad_experts(len(index.row) + padding, k, num_experts or 1, "cpu").numpy().astype(dtype)
+    longest = max(len(index.row) + padding, *(len(s.tokens) - 1 for s in samples))  # rows before any is cut
+    spread = reference.pad_experts(longest, k, num_experts or 1, "cpu").numpy().astype(dtype)
     flat = np.concatenate(
         [
             np.broadcast_to(spread[: len(s.tokens) - 1, None], (len(s.tokens) - 1, num_layers, k))
@@ -255,12 +282,12 @@ def _routes(
     ).astype(dtype, copy=False)
     take = np.arange(num_layers) if layers is None else np.asarray(layers, dtype=np.int64)
     if len(take) and (take.min() < 0 or take.max() >= num_layers):
-        raise ValueError(f"expected layers within the {num_layers} of the samples' rows, got {list(take)}")
+        raise ValueError(f"expected layers within the {num_layers} of the samples' rows, got {take.tolist()}")
     rows = np.empty((len(take), len(index.row) + padding, k), dtype)
     source = index.row.numpy()
     for place, layer in enumerate(take):
         rows[place, : len(source)] = flat[source, layer]
-        rows[place, len(source) :] = spread[len(source) :]
+        rows[place, len(source) :] = spread[len(source) : len(source) + padding]
     state = np.full(len(source) + padding, PAD, np.uint8)
     replayed = [_replayed(s, n, replay_provenance) for s, n in zip(samples, lengths, strict=True)]
     state[: len(source)] = np.where(np.concatenate(replayed), REPLAY, FREE)

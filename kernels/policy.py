@@ -113,13 +113,15 @@ def policy_loss(
     bounded (`reference.MAX_LOG_RATIO`). Without any trained token the loss is 0 and so are all gradients.
 
     Args:
-        logprob: [T] floating, of the targets under the policy in training.
+        logprob: [T] floating, of the targets under the policy in training; all is computed in float32, or in float64
+            if this is.
         batch: masks, advantages and older logprobs, see PolicyBatch.
         config: the terms.
         entropy: [T] of the policy; needed if entropy_coef is not 0.
         reference: [T] logprobs of the reference policy; needed if kl_coef is not 0.
         denominator: what the sum over tokens ("token", "constant") or samples ("sequence") is divided by, so that
-            several microbatches share one; None: the trained tokens, or samples with any, of this batch.
+            several microbatches share one, a number or 0-d; None: the trained tokens, or samples with any, of this
+            batch.
 
     Returns:
         The loss and metrics, means over this batch's trained tokens: loss, ratio_mean, ratio_max, clip_fraction (tokens
@@ -128,14 +130,16 @@ def policy_loss(
         have any).
 
     Raises:
-        ValueError: shapes that do not fit, a term without its input, a denominator not above 0.
+        ValueError: shapes that do not fit, a term without its input, a denominator not above 0 (of a tensor on an
+            accelerator the value is not waited for).
     """
     _check(logprob, batch, config, entropy, reference, denominator)
     mask = batch.loss_mask
+    kind = torch.float64 if logprob.dtype == torch.float64 else torch.float32
 
     def clean(values: Tensor) -> Tensor:
-        """[T] with 0 where the mask is not set."""
-        return torch.where(mask, values.to(logprob.dtype), 0.0)
+        """[T] in the dtype that is computed in, with 0 where the mask is not set."""
+        return torch.where(mask, values.to(kind), 0.0)
 
     policy = clean(logprob)
     old = clean(logprob if batch.old_logprobs is None else batch.old_logprobs).detach()
@@ -179,7 +183,9 @@ def _reduce(loss: Tensor, batch: PolicyBatch, config: PolicyConfig, denominator:
         total, count = means.sum(), _trained_samples(batch)
     else:
         total, count = loss.sum(), batch.loss_mask.sum()
-    return total / (count.clamp(min=1) if denominator is None else denominator)
+    if denominator is None:
+        denominator = count.clamp(min=1)
+    return total / (denominator.to(total.dtype) if isinstance(denominator, Tensor) else denominator)
 
 
 def _trained_samples(batch: PolicyBatch) -> Tensor:
@@ -248,5 +254,9 @@ def _check(
         raise ValueError(f"expected reference [T] for kl_coef={config.kl_coef}, got None: logprobs of that policy")
     if config.normalize == "constant" and denominator is None:
         raise ValueError('expected a denominator for normalize="constant", got None')
-    if isinstance(denominator, int | float) and not 0 < denominator < float("inf"):
-        raise ValueError(f"expected a denominator above 0, got {denominator}")
+    if isinstance(denominator, Tensor):
+        check.tensor(denominator, "denominator", (), (*floats, torch.int32, torch.int64), logprob.device)
+        if denominator.device.type != "cpu":  # its value is not waited for
+            return
+    if denominator is not None and not 0 < float(denominator) < float("inf"):
+        raise ValueError(f"expected a denominator above 0, got {float(denominator)}")

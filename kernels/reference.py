@@ -214,7 +214,7 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
     Added in order of position: no atomics on floats, so the result repeats on any device.
     """
     if values.numel() == 0:
-        return values.new_zeros(num_segments)
+        return values.new_zeros(num_segments) + values.sum()  # the sum keeps the gradient's path
     ids = torch.where(segment_ids < 0, num_segments, segment_ids).long()
     lengths = torch.zeros(num_segments + 1, dtype=torch.int64, device=values.device)
     lengths.index_add_(0, ids, torch.ones_like(ids))
@@ -298,10 +298,15 @@ def importance(
 
 
 def kl(logprob: Tensor, other: Tensor, kind: str) -> Tensor:
-    """Estimates [T] of KL(policy || other) at tokens sampled from the policy (joschu.net/blog/kl-approx.html)."""
+    """Estimates [T] of KL(policy || other) at tokens sampled from the policy (joschu.net/blog/kl-approx.html).
+
+    k3 is exp(-d) - 1 + d with d = logprob - other, never negative; d is bounded below, where exp would overflow, and no
+    gradient flows from there: that of the linear term alone would have the wrong sign.
+    """
     d = logprob - other
     if kind == "k1":
         return d
     if kind == "k2":
         return 0.5 * d * d
-    return bounded_exp(-d) - 1 + d
+    d = d.clamp(min=-MAX_LOG_RATIO)
+    return torch.expm1(-d) + d

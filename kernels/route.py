@@ -65,7 +65,7 @@ def replay_topk(
         rows: [T, K] uint8, uint16, int32 or int64; a negative id marks a missing row.
         spec: the router's arithmetic.
         state: [T] uint8 of FREE, REPLAY, PAD; None replays every row.
-        bias: [E], for selection only.
+        bias: [E] floating, float64 only with such logits; for selection only.
         stats: counters to add to.
 
     Returns:
@@ -75,6 +75,8 @@ def replay_topk(
         ValueError: a shape, dtype or device that does not fit.
     """
     _check(logits, rows, spec, state, bias)
+    if stats is not None:
+        check.tensor(stats.counters, "stats.counters", (len(COUNTERS),), (torch.int64,), logits.device)
     weights, experts, counts = _forward(logits, rows, state, bias, stats is not None, *_fields(spec))
     if stats is not None:
         stats.counters.add_(counts)
@@ -98,7 +100,9 @@ def _check(logits: Tensor, rows: Tensor, spec: RouterSpec, state: Tensor | None,
     if state is not None:
         check.tensor(state, "state", (tokens,), (torch.uint8,), logits.device)
     if bias is not None:
-        check.tensor(bias, "bias", (experts,), check.FLOATS, logits.device)
+        # A float64 bias would make the selection of float32 scores a float64 one, which no router does.
+        floats = [kind for kind in check.FLOATS if kind != torch.float64 or logits.dtype == torch.float64]
+        check.tensor(bias, "bias", (experts,), floats, logits.device)
 
 
 _SPEC = (
@@ -172,15 +176,13 @@ def _(
     )
 
 
+# The kernel alone: the definition's gradient is autograd's own, which does not run inside an op.
 @_op("replay_topk_backward", f"(Tensor logits, Tensor experts, Tensor? state, Tensor grad, {_SPEC}) -> Tensor")
 def _backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, *fields: Any) -> Tensor:
     """Gradient [T, E] of the logits from that of the weights [T, K]."""
-    spec = _spec(fields)
-    if launch.takes_triton(logits):
-        from pacenote.kernels import route_triton
+    from pacenote.kernels import route_triton
 
-        return route_triton.backward(logits, experts, state, grad, spec)
-    return reference.replay_topk_backward(logits, experts, spec, grad, state=state)
+    return route_triton.backward(logits, experts, state, grad, _spec(fields))
 
 
 @_backward.register_fake
@@ -196,11 +198,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts, state = ctx.saved_tensors
-    if not launch.takes_triton(logits):
-        spec = _spec(ctx.fields)
-        dlogits = reference.replay_topk_backward(logits, experts, spec, grad, state=state)
-        return dlogits, *(None,) * (4 + len(ctx.fields))
-    return _backward(logits, experts, state, grad.contiguous(), *ctx.fields), *(None,) * (4 + len(ctx.fields))
+    if launch.takes_triton(logits):
+        dlogits = _backward(logits, experts, state, grad, *ctx.fields)
+    else:
+        dlogits = reference.replay_topk_backward(logits, experts, _spec(ctx.fields), grad, state=state)
+    return dlogits, *(None,) * (4 + len(ctx.fields))
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)

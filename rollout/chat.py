@@ -95,7 +95,10 @@ class Chats:
             check_roles(messages, len(parent.history()), self.append_roles)
         prompt = extend(self.template, messages, parent=parent, path=links[-1], tools=tools, arguments=arguments)
         body = chat_body(prompt, request, model=self.model, routing=self.geometry is not None)
-        return prompt, orjson.dumps(body)
+        try:
+            return prompt, orjson.dumps(body)
+        except orjson.JSONEncodeError as error:  # JSON that can be read, but is nested too deeply to be written
+            raise BadRequest(f"the request cannot be passed on to the engine: {error}") from error
 
 
 def _tools(value: object) -> Tools:

@@ -32,10 +32,14 @@ class Completion:
         """The `chat.completion` object."""
         raw = self.turn.answer.message.raw
         # Without the key, litellm takes a leading <think> block out of the content.
-        message: dict[str, Any] = {"role": "assistant", "content": raw.get("content"), "reasoning_content": None} | raw
+        message: dict[str, Any] = {"role": "assistant", "content": raw.get("content"), "reasoning_content": None, **raw}
         if message["content"] is None and "tool_calls" not in message:
             message["content"] = ""
-        return self._head("chat.completion") | {"choices": [self._choice() | {"message": message}], "usage": self.usage}
+        return self._head("chat.completion") | {
+            "choices": [self._choice() | {"message": message}],
+            "usage": self.usage,
+            "prompt_token_ids": self.prompt_ids,  # where clients of vLLM look; SGLang has them in the choice
+        }
 
     def events(self, *, usage: bool) -> Iterator[bytes]:
         """Server-sent events: the whole answer as one chunk, the usage if asked for, [DONE]."""

@@ -18,6 +18,7 @@ from pacenote.rollout.errors import BadRequest
 ROLES = ("system", "user", "assistant", "tool")
 ROOT = bytes(16)
 """`chain` of no messages."""
+DEEPEST = 100  # levels of a tool call's arguments; templates and encoders recurse, and give up at a few hundred
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -155,10 +156,18 @@ def _arguments(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
         return dict(value)
     try:
         parsed = json.loads(value)
-        json.dumps(parsed)
+        json.dumps(parsed, ensure_ascii=False).encode()  # an escaped lone surrogate is no text that can be tokenised
     except (ValueError, RecursionError):
         return {"arguments": value}
-    return parsed if isinstance(parsed, dict) else {"arguments": value}
+    return parsed if isinstance(parsed, dict) and not _deeper(parsed, DEEPEST) else {"arguments": value}
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested more than `levels` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(item, levels - 1) for item in inner)
 
 
 def _digest(data: bytes) -> bytes:

@@ -6,7 +6,6 @@ L layers, K experts a token.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,8 +31,11 @@ CLIENT_FIELDS = (
 )  # fmt: skip
 """Fields of a client's request that reach the engine. Everything else is ours, or nobody's."""
 
-_OVERFLOW = re.compile(r"context[ _](length|window)|maximum context|longer than the model", re.IGNORECASE)
+_OVERFLOW = re.compile(
+    r"context[ _](length|window)|maximum (context|allowed length)|longer than the model", re.IGNORECASE
+)
 _INT32 = 2**31
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,8 +202,10 @@ def _tokens(meta: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.floa
     ids, logprobs = [], []
     for place, entry in enumerate(entries):
         logprob, token = entry[:2] if isinstance(entry, list) and len(entry) >= 2 else (None, None)
-        finite = isinstance(logprob, int | float) and math.isfinite(logprob) and logprob <= 1e-3
-        if not finite or type(token) is not int or not 0 <= token < _INT32:
+        sound = (
+            isinstance(logprob, int | float) and logprob is not False and _LOWEST <= logprob <= 1e-3
+        )  # not so for NaN
+        if not sound or type(token) is not int or not 0 <= token < _INT32:
             raise UpstreamError(f"expected [logprob, token id] at output token {place} from the engine, got {entry!r}")
         ids.append(token)
         logprobs.append(logprob)
@@ -227,6 +231,8 @@ def _versions(meta: Mapping[str, Any], generated: int) -> tuple[NDArray[np.int32
             start, end, label = int(span["start"]), int(span["end"]), str(span["version"])
         except (TypeError, KeyError, ValueError) as error:
             raise UpstreamError(f"expected weight_versions of version, start and end, got {span!r}") from error
+        if not 0 <= start <= end:
+            raise UpstreamError(f"expected weight_versions with 0 <= start <= end, got {span!r}")
         versions[start:end] = _number(label)
         name = label
     return versions, name

@@ -76,7 +76,8 @@ class Prompt:
         turn, drop = self.parent, self.drop
         while turn is not None:
             parts += [turn.answer.ids[: len(turn.answer.ids) - drop], turn.prompt.ids]
-            turn, drop = turn.prompt.parent, turn.prompt.drop
+            prompt = turn.prompt
+            turn, drop = prompt.parent, prompt.drop
         ids: list[int] = np.concatenate(parts[::-1]).tolist()
         return ids
 

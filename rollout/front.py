@@ -1,0 +1,221 @@
+"""The session server's handlers: parse, call, answer. Nothing here knows how a chat is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from pacenote.replay.spec import RoutingGeometry
+from pacenote.rollout.chat import Chats
+from pacenote.rollout.completion import Completion
+from pacenote.rollout.errors import BadRequest, ClientGone, SessionError, SessionGone, UnknownSession
+from pacenote.rollout.samples import encode_samples
+from pacenote.rollout.session import Branch
+from pacenote.rollout.sglang import Engine
+from pacenote.rollout.store import SessionStore
+from pacenote.rollout.template import Template
+
+if TYPE_CHECKING:
+    from pacenote.rollout.server import SessionConfig
+
+log = logging.getLogger(__name__)
+
+
+class Front:
+    """The handlers, and the chats that are in flight."""
+
+    def __init__(
+        self, config: SessionConfig, template: Template, geometry: RoutingGeometry | None, store: SessionStore
+    ) -> None:
+        """Open nothing yet; see `lifespan`."""
+        self._config = config
+        self._store = store
+        self._model = config.served_model or config.model
+        self._instance = uuid.uuid4().hex
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
+        self._flights: defaultdict[str, set[asyncio.Task[Completion]]] = defaultdict(set)
+        self._template, self._geometry = template, geometry
+        self._chats: Chats
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Open and close the connection pool, on the loop that uses it."""
+        engine = Engine(self._config.upstream.rstrip("/"), timeout=self._config.timeout)
+        self._chats = Chats(
+            template=self._template,
+            geometry=self._geometry,
+            append_roles=self._config.append_roles,
+            model=self._model,
+            store=self._store,
+            engine=engine,
+            threads=self._threads,
+        )
+        yield
+        for task in [task for tasks in self._flights.values() for task in tasks]:
+            task.cancel()
+        await engine.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def health(self, request: Request) -> Response:
+        """GET /health."""
+        return _json({"status": "ok", "instance_id": self._instance, "version": _version()})
+
+    async def create(self, request: Request) -> Response:
+        """POST /sessions."""
+        return _json({"session_id": self._store.create().id})
+
+    async def show(self, request: Request) -> Response:
+        """GET /sessions/{id}: what was said; empty for an id that is not known, and creates nothing."""
+        session_id = request.path_params["session_id"]
+        session = self._store.find(session_id)
+        body: dict[str, Any] = {"session_id": session_id, "records": [], "metadata": {"accumulated_token_ids": []}}
+        if session is not None:
+            body["records"] = session.records()
+            body["metadata"] = {
+                "accumulated_token_ids": session.accumulated_token_ids(),
+                "created": session.created,
+                "recovered": session.recovered,
+                "in_flight": len(self._flights.get(session_id, ())),
+            }
+        answer: Response = await self._off_loop(_json, body)
+        return answer
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE /sessions/{id}: at once; what is in flight is aborted."""
+        session_id = request.path_params["session_id"]
+        self._store.delete(session_id)
+        for task in self._flights.get(session_id, ()):
+            task.cancel()
+        return Response(status_code=204)
+
+    async def samples(self, request: Request) -> Response:
+        """POST /sessions/{id}/samples."""
+        session_id = request.path_params["session_id"]
+        options = await _read(request) if await request.body() else {}
+        superseded = options.get("include_superseded", False)
+        if not isinstance(superseded, bool):
+            raise BadRequest(
+                f"include_superseded must be true or false, got {superseded!r}", param="include_superseded"
+            )
+        session = self._store.find(session_id)
+        if session is None:
+            raise UnknownSession(f"no session {session_id}: it was never started on this server")
+        data = await self._off_loop(_encode, session.branches(include_superseded=superseded))
+        return Response(data, media_type="application/octet-stream")
+
+    async def models(self, request: Request) -> Response:
+        """GET /sessions/{id}/v1/models."""
+        card = {"id": self._model, "object": "model", "created": 0, "owned_by": "pacenote"}
+        return _json({"object": "list", "data": [card]})
+
+    async def chat(self, request: Request) -> Response:
+        """POST /sessions/{id}/v1/chat/completions."""
+        body = await _read(request)
+        stream, usage = _streaming(body)
+        completion = await self._complete(request, request.path_params["session_id"], body)
+        if stream:
+            events = list(completion.events(usage=usage))
+            return StreamingResponse(_each(events), media_type="text/event-stream")
+        return _json(completion.body())
+
+    async def _complete(self, request: Request, session_id: str, body: dict[str, Any]) -> Completion:
+        """Answer, unless the client leaves or the session is deleted first."""
+        task = asyncio.create_task(self._chats.complete(session_id, body))
+        gone = asyncio.create_task(_disconnected(request))
+        self._flights[session_id].add(task)
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientGone("the client closed its connection before the answer was ready")
+            if task.cancelled():
+                raise SessionGone(f"session {session_id} was deleted while it generated")
+            return task.result()
+        finally:
+            gone.cancel()
+            task.cancel()
+            self._flights[session_id].discard(task)
+            if not self._flights[session_id]:
+                del self._flights[session_id]
+
+    async def _off_loop(self, function: Any, argument: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, argument)
+
+
+def _encode(branches: Sequence[Branch]) -> bytes:
+    return encode_samples([branch.trajectory() for branch in branches])
+
+
+def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
+    """(stream, include usage) of a chat body."""
+    stream, options = body.get("stream"), body.get("stream_options")
+    if stream not in (None, False, True):
+        raise BadRequest(f"stream must be true or false, got {stream!r}", param="stream")
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("stream_options must be an object", param="stream_options")
+    return bool(stream), bool((options or {}).get("include_usage"))
+
+
+async def _read(request: Request) -> dict[str, Any]:
+    """The JSON object of a request's body."""
+    raw = await request.body()
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns once the client has closed the connection (the body has been read before)."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _each(events: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for event in events:
+        yield event
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def refuse(request: Request, error: SessionError) -> Response:
+    """The answer to an error of ours."""
+    return _json(error.body(), error.status)
+
+
+def refuse_path(request: Request, error: HTTPException) -> Response:
+    """The answer to a path that is not served, or not by that method."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return _json({"error": body}, error.status_code)
+
+
+def refuse_bug(request: Request, error: Exception) -> Response:
+    """The answer to what nobody thought of."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _json(SessionError("internal error of the session server; its log says more").body(), 500)
+
+
+def _version() -> str:
+    try:
+        return version("pacenote")
+    except PackageNotFoundError:
+        return "unknown"

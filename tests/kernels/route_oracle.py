@@ -1,0 +1,214 @@
+"""Routing replay against its definition: inputs with every kind of row, and the comparison that each test makes.
+
+No pytest, so that a machine without it can run the checks as well. Legend: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pacenote.kernels import reference
+from pacenote.kernels.route import RouteStats, replay_topk
+from pacenote.kernels.spec import FREE, PAD, REPLAY, RouterSpec
+
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model's router: the spec, E, K, and whether a bias takes part in selection."""
+
+    spec: RouterSpec
+    experts: int
+    k: int
+    bias: bool = False
+
+
+FAMILIES = {
+    "glm-4.7-flash": Family(RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=1.8), 64, 4, True),
+    "qwen3": Family(RouterSpec(score="softmax", renormalize=True, weight_dtype="logits"), 128, 8),
+    "qwen3-plain": Family(RouterSpec(score="softmax"), 60, 4),
+    "mixtral": Family(RouterSpec(score="softmax", renormalize=True), 8, 2),
+    "minimax": Family(RouterSpec(score="sigmoid", renormalize=True), 48, 6, True),
+    "deepseek-v3": Family(
+        RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=2.5, groups=8, topk_groups=4), 256, 8, True
+    ),
+    "deepseek-v2": Family(RouterSpec(score="softmax", scale=16.0, groups=8, topk_groups=3, group_score="max"), 160, 6),
+    "shared-groups": Family(RouterSpec(score="sigmoid", groups=3, topk_groups=2, group_score="topk_share"), 96, 10),
+    "kimi-k2": Family(RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=2.827), 384, 8, True),
+    "gpt-oss": Family(RouterSpec(score="softmax_topk", score_dtype="logits", weight_dtype="logits"), 32, 4),
+    "chosen-renormalised": Family(RouterSpec(score="softmax_topk", renormalize=True, eps=0.25, scale=3.0), 24, 3),
+    "narrow-softmax": Family(
+        RouterSpec(score="softmax", renormalize=True, eps=1e-3, score_dtype="logits", weight_dtype="logits"),
+        40,
+        5,
+        True,
+    ),
+    "narrow-sigmoid": Family(RouterSpec(score="sigmoid", scale=1.7, score_dtype="logits"), 64, 4, True),
+    "top-1": Family(RouterSpec(score="softmax"), 16, 1),
+    "top-1-renormalised": Family(RouterSpec(score="sigmoid", renormalize=True), 16, 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """logits [T, E], rows [T, K], state [T] or None, bias [E] or None."""
+
+    logits: Tensor
+    rows: Tensor
+    spec: RouterSpec
+    state: Tensor | None = None
+    bias: Tensor | None = None
+
+    def on(self, device: torch.device) -> Inputs:
+        """The same on a device."""
+        moved = {
+            name: value if value is None else value.to(device)
+            for name, value in (("state", self.state), ("bias", self.bias))
+        }
+        return replace(self, logits=self.logits.to(device), rows=self.rows.to(device), **moved)
+
+
+def random(
+    spec: RouterSpec,
+    experts: int,
+    k: int,
+    *,
+    tokens: int = 70,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rows: torch.dtype = torch.int32,
+    grid: float | None = None,
+    seed: int = 0,
+) -> Inputs:
+    """Random logits (multiples of `grid`, so with ties, if given), and rows of every fate; padding rows hold NaN logits."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, experts, generator=g)
+    logits = (logits if grid is None else (logits / grid).round() * grid).to(dtype)
+    offsets = torch.randn(experts, generator=g) if bias else None
+    offsets = offsets if offsets is None or grid is None else (offsets / grid).round() * grid
+    noisy = logits.float() + torch.randn(tokens, experts, generator=g)
+    ids = reference.native_topk(noisy, k, spec, offsets)
+    token = torch.arange(tokens)
+    if k > 1:
+        ids[token % 11 == 3, k - 1] = ids[token % 11 == 3, 0]
+    if rows != torch.uint8 or experts < 256:
+        ids[token % 11 == 5, k // 2] = experts
+    if rows in (torch.int32, torch.int64):
+        ids[token % 11 == 7, 0] = -1
+    state = torch.full((tokens,), REPLAY, dtype=torch.uint8)
+    state[token % 7 == 2] = FREE
+    state[token % 13 == 6] = PAD
+    logits[state == PAD] = NAN
+    return Inputs(logits, ids.to(rows), spec, state, offsets)
+
+
+def of_family(name: str, **kwargs: object) -> Inputs:
+    """Random inputs [T, E] for a family."""
+    family = FAMILIES[name]
+    return random(family.spec, family.experts, family.k, bias=family.bias, **kwargs)  # type: ignore[arg-type]
+
+
+def check(inputs: Inputs, device: torch.device, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Compare experts, weights, gradients and counts with the definition; gives weights [T, K] and experts [T, K].
+
+    Where scores select, not logits, two experts within a few roundings of each other may change places, unless `exact`.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    given = inputs.on(device)
+    spec, k = given.spec, given.rows.shape[1]
+    leaf = given.logits.detach().requires_grad_()
+    stats = RouteStats.zeros(device)
+    weights, experts = replay_topk(leaf, given.rows, spec, state=given.state, bias=given.bias, stats=stats)
+    definition = reference.replay_topk(given.logits, given.rows, spec, state=given.state, bias=given.bias)
+
+    fate = definition.fate
+    fixed = (fate == reference.REPLAYED) | (fate == reference.PADDED)
+    assert torch.equal(experts[fixed], definition.experts[fixed]), "replayed and padding rows"
+    compare_choice(given, experts[~fixed], definition.experts[~fixed], ~fixed, exact)
+
+    pad = (fate == reference.PADDED)[:, None]
+    clean = torch.where(pad, 0.0, given.logits)
+    plain, gold = (torch.where(pad, 0.0, reference.chosen_weights(x, experts, spec)) for x in (clean, clean.double()))
+    kind = reference.weight_dtype(given.logits.dtype, spec)
+    assert weights.dtype == kind and experts.dtype == torch.int64
+    arithmetic = given.logits.dtype if spec.score_dtype == "logits" else kind
+    no_worse("weights", weights.detach(), plain.to(kind), gold, arithmetic)
+    assert (weights.detach()[pad[:, 0]] == 0).all(), "weights of padding rows"
+
+    grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
+    grad = torch.where(pad, NAN, grad)
+    weights.backward(grad)
+    assert leaf.grad is not None
+    compare_gradients(given, leaf.grad, experts, grad, gold)
+
+    free = torch.where(pad[:, 0], PAD, FREE).to(torch.uint8)
+    _, native = replay_topk(given.logits, given.rows, spec, state=free, bias=given.bias)
+    counts = reference.route_counts(replace(definition, native=native), given.rows)
+    assert stats.counters.tolist() == counts.tolist(), f"counts {stats.counters.tolist()}, expected {counts.tolist()}"
+    assert k == experts.shape[1]
+    return weights.detach(), experts
+
+
+def compare_choice(inputs: Inputs, mine: Tensor, theirs: Tensor, which: Tensor, exact: bool) -> None:
+    """Two choices [n, K] of the rows `which` [T]: the same, or of equal scores but for rounding."""
+    ordered = mine.sort(dim=1).values
+    assert (ordered[:, 1:] != ordered[:, :-1]).all(), "experts chosen twice"
+    spec, logits = inputs.spec, inputs.logits
+    if exact or reference.selects_by_logits(spec, inputs.bias):
+        assert torch.equal(mine, theirs), "own choice"
+        return
+    score = reference.scores(logits[which].double(), spec)
+    score = score if inputs.bias is None else score + inputs.bias.double()
+    a, b = score.gather(1, mine), score.gather(1, theirs)
+    arithmetic = logits.dtype if spec.score_dtype == "logits" else torch.float32
+    finite = score[score.isfinite()].abs()
+    step = 4 * torch.finfo(arithmetic).eps * float(finite.max() if finite.numel() else 0.0)
+    close = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= step)
+    assert close.all(), "own choice, beyond rounding"
+
+
+def compare_gradients(inputs: Inputs, mine: Tensor, experts: Tensor, grad: Tensor, weights: Tensor) -> None:
+    """Gradients [T, E] for these experts and weights [T, K] and this gradient of the weights [T, K].
+
+    A gradient is a sum of terms weight x gradient of the weight, which may cancel: one rounding is one of such a term.
+    """
+    logits, spec, state = inputs.logits, inputs.spec, inputs.state
+    plain, gold = (
+        reference.replay_topk_backward(x, experts, spec, g, state=state)
+        for x, g in ((logits, grad), (logits.double(), grad.double()))
+    )
+    assert mine.dtype == logits.dtype and mine.shape == logits.shape
+    if state is not None:
+        assert (mine[state == PAD] == 0).all(), "gradient of padding rows"
+    # Autograd of the definition makes 0 * NaN of a logit that is NaN and not chosen; the kernel never looks at it.
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+    skipped = logits.isnan() & ~chosen
+    plain, gold = (torch.where(skipped, mine.to(g.dtype), g) for g in (plain, gold))
+    no_worse("gradient", mine, plain, gold, logits.dtype, terms=grad * weights)
+
+
+def no_worse(
+    name: str, mine: Tensor, plain: Tensor, gold: Tensor, arithmetic: torch.dtype, terms: Tensor | None = None
+) -> None:
+    """The error against float64 is at most twice that of plain torch at the same dtype, plus one rounding; all [T, any].
+
+    The rounding is one of the largest result, or of the largest of the `terms` [T, any] that add up to it. NaN stands
+    where plain torch has it.
+    """
+    assert torch.equal(mine.isnan(), plain.isnan()), f"NaN in {name}"
+    there = gold.isfinite() & plain.isfinite()
+    mine, plain, gold = mine[there].double(), plain[there].double(), gold[there]
+    if not there.any():
+        return
+    error, allowed = (mine - gold).abs().max(), 2 * (plain - gold).abs().max()
+    largest = gold.abs().max()
+    if terms is not None:
+        largest = torch.maximum(largest, torch.where(terms.isfinite(), terms, 0.0).double().abs().max())
+    allowed = allowed + torch.finfo(arithmetic).eps * largest
+    assert error <= allowed, f"error of {name} {float(error):.3g}, at most {float(allowed):.3g}"

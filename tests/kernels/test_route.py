@@ -1,0 +1,237 @@
+"""Routing replay: every check of `route_checks`, and the op among autograd, torch.compile, CUDA graphs and users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pacenote.kernels import launch, reference
+from pacenote.kernels.route import RouteStats, _backward, _fields, _forward, replay_topk
+from pacenote.kernels.spec import FREE, PAD, REPLAY, RouterSpec
+from tests.kernels.route_checks import CHECKS
+from tests.kernels.route_oracle import FAMILIES, Inputs, no_worse, of_family
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SIGMOID = RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=1.8)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name: str, device: torch.device) -> None:
+    CHECKS[name](device)
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "deepseek-v2", "gpt-oss"])
+def test_opcheck(name: str, device: torch.device) -> None:
+    inputs = of_family(name, tokens=9).on(device)
+    fields = _fields(inputs.spec)
+    logits = torch.where((inputs.state == PAD)[:, None], 0.0, inputs.logits).requires_grad_()  # type: ignore[operator,index]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for count in (False, True):
+        args: tuple[Any, ...] = (logits, inputs.rows, inputs.state, inputs.bias, count, *fields)
+        torch.library.opcheck(torch.ops.pacenote.replay_topk.default, args, test_utils=checks)
+    if not launch.takes_triton(logits):
+        return
+    weights, experts, _ = _forward(*args)
+    backward = (logits.detach(), experts, inputs.state, torch.ones_like(weights.detach()), *fields)
+    torch.library.opcheck(torch.ops.pacenote.replay_topk_backward.default, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradcheck(name: str, device: torch.device) -> None:
+    spec = FAMILIES[name].spec
+    experts = 9 if spec.groups == 3 else 8
+    logits = torch.randn(3, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    state = torch.tensor([REPLAY, FREE, PAD], dtype=torch.uint8, device=device)
+    rows = torch.tensor([[5, 2, 7]] * 3, device=device)[:, : FAMILIES[name].k]
+    # The choice does not follow the small steps of a numerical gradient.
+    _, chosen = replay_topk(logits, rows, spec, state=state)
+
+    def weights(x: Tensor) -> Tensor:
+        return replay_topk(x, chosen, spec, state=state)[0]
+
+    assert torch.autograd.gradcheck(weights, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3", "gpt-oss"])
+def test_compiles_whole(name: str, device: torch.device) -> None:
+    inputs = of_family(name, tokens=33).on(device)
+    stats = RouteStats.zeros(device)
+
+    def loss(x: Tensor) -> Tensor:
+        weights, experts = replay_topk(
+            x * 2, inputs.rows, inputs.spec, state=inputs.state, bias=inputs.bias, stats=stats
+        )
+        return (weights.float() * (experts % 5 + 1)).sum()
+
+    logits = torch.where((inputs.state == PAD)[:, None], 0.0, inputs.logits)  # type: ignore[operator,index]
+    plain, compiled = (logits.clone().requires_grad_() for _ in range(2))
+    loss(plain).backward()
+    once = stats.counters.clone()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled).backward()
+    assert plain.grad is not None and compiled.grad is not None
+    assert torch.equal(plain.grad, compiled.grad)
+    assert torch.equal(stats.counters, 2 * once)
+
+
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    for name in ("qwen3-plain", "glm-4.7-flash", "gpt-oss"):
+        inputs = of_family(name).on(device)
+        outs = []
+        for enabled in (False, True):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+                outs.append(replay_topk(inputs.logits, inputs.rows, inputs.spec, state=inputs.state, bias=inputs.bias))
+        assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+def test_unused_weights_have_no_gradient(device: torch.device) -> None:
+    logits = torch.randn(5, 8, device=device, requires_grad=True)
+    weights, experts = replay_topk(logits, torch.tensor([[0, 1]] * 5, device=device), SIGMOID)
+    assert not experts.requires_grad
+    (weights * 0).sum().backward()
+    assert logits.grad is not None and (logits.grad == 0).all()
+
+
+def test_gradients_of_strided_arguments(device: torch.device) -> None:
+    """The backward op by itself, with a gradient, experts and state that are views."""
+    inputs = of_family("qwen3-plain").on(device)
+    logits, spec, state = torch.nan_to_num(inputs.logits), inputs.spec, inputs.state
+    if not launch.takes_triton(logits):
+        pytest.skip("the backward op is the kernel's")
+    assert state is not None
+    _, experts = replay_topk(logits, inputs.rows, spec, state=state)
+    grad = torch.randn(4, 70, generator=torch.Generator().manual_seed(0)).to(device).t()
+    views = (experts.t().contiguous().t(), state.repeat_interleave(2)[::2], grad)
+    got = _backward(logits.t().contiguous().t(), *views, *_fields(spec))
+    plain, gold = (
+        reference.replay_topk_backward(x, experts, spec, grad.to(x.dtype), state=state)
+        for x in (logits, logits.double())
+    )
+    no_worse("gradient", got, plain, gold, torch.float32)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"logits": torch.zeros(3, 4, 5)},
+            r"expected logits \[any, any\] of float64 or .*, got \[3, 4, 5\] of float32",
+        ),
+        ({"logits": torch.zeros(3, 4).long()}, r"expected logits .*got \[3, 4\] of int64"),
+        ({"rows": torch.zeros(2, 2).int()}, r"expected rows \[3, any\] of uint8 or .*, got \[2, 2\] of int32"),
+        ({"rows": torch.zeros(3, 2)}, r"expected rows .*got \[3, 2\] of float32"),
+        ({"rows": torch.zeros(3, 2).int().numpy()}, r"expected rows as a tensor \[3, any\] .*got ndarray"),
+        ({"rows": torch.zeros(3, 0).int()}, r"expected 1 <= K <= min\(E, 32\) and E <= 1024, got K=0, E=4"),
+        ({"rows": torch.zeros(3, 5).int()}, r"got K=5, E=4"),
+        ({"logits": torch.zeros(3, 1025)}, r"got K=2, E=1025"),
+        ({"logits": torch.zeros(3, 40), "rows": torch.zeros(3, 33).int()}, r"got K=33, E=40"),
+        (
+            {"logits": torch.zeros(3, 257), "rows": torch.zeros(3, 2).byte()},
+            r"rows of 257 experts as uint16.*got uint8",
+        ),
+        (
+            {"spec": RouterSpec(score="sigmoid", groups=3)},
+            r"groups that divide E=4 and hold K=2 .*groups=3, topk_groups=1",
+        ),
+        ({"spec": RouterSpec(score="sigmoid", groups=4)}, r"hold K=2 experts when open, got groups=4, topk_groups=1"),
+        ({"state": torch.ones(3)}, r"expected state \[3\] of uint8, got \[3\] of float32"),
+        ({"state": torch.ones(4).byte()}, r"expected state \[3\] of uint8, got \[4\] of uint8"),
+        ({"bias": torch.zeros(3)}, r"expected bias \[4\] of float32 or bfloat16 or float16, got \[3\] of float32"),
+        ({"bias": torch.zeros(4).double()}, r"expected bias \[4\] .*got \[4\] of float64"),
+        ({"rows": torch.zeros(3, 2, device="meta").int()}, r"expected rows on .* as the other arguments, got meta"),
+        ({"stats": RouteStats(torch.zeros(7))}, r"expected stats\.counters \[7\] of int64, got \[7\] of float32"),
+        ({"stats": RouteStats.zeros("meta")}, r"expected stats\.counters on .* got meta: move it first"),
+    ],
+)
+def test_refuses(changed: dict[str, Any], words: str, device: torch.device) -> None:
+    args: dict[str, Any] = {"logits": torch.zeros(3, 4), "rows": torch.zeros(3, 2).int(), "spec": SIGMOID, **changed}
+    args = {
+        key: value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
+        for key, value in args.items()
+    }
+    stats = args.setdefault("stats", RouteStats.zeros(device))
+    if stats.counters.device.type != "meta":
+        args["stats"] = RouteStats(stats.counters.to(device))
+    with pytest.raises(ValueError, match=words):
+        replay_topk(args.pop("logits"), args.pop("rows"), args.pop("spec"), **args)
+    if stats.counters.device.type != "meta":
+        assert (args["stats"].counters == 0).all()
+
+
+# --- where it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_mode_is_what_it_says(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU and in the interpreter the kernel runs, else the definition; float64 always takes the definition."""
+    from pacenote.kernels import route_triton
+
+    launched = []
+    monkeypatch.setattr(route_triton, "forward", lambda logits, rows, *_, **__: _record(launched, logits, rows))
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.zeros(3, 4, dtype=dtype, device=device)
+        replay_topk(logits, torch.zeros(3, 2, dtype=torch.int32, device=device), SIGMOID)
+    assert launched == ([torch.float32] if launch.INTERPRETED or device.type == "cuda" else [])
+
+
+def _record(into: list[torch.dtype], logits: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    into.append(logits.dtype)
+    return torch.zeros(rows.shape, device=logits.device), rows.long(), rows.new_zeros(0, dtype=torch.int64)
+
+
+@pytest.mark.gpu
+def test_no_wait_and_graphs(device: torch.device) -> None:
+    """Nothing waits for the device; a captured graph replays with what then stands in its arguments."""
+    inputs = of_family("deepseek-v3", tokens=4096).on(device)
+    logits = torch.nan_to_num(inputs.logits).requires_grad_()
+    stats = RouteStats.zeros(device)
+    given: dict[str, Any] = {"state": inputs.state, "bias": inputs.bias, "stats": stats}
+
+    def step() -> tuple[Tensor, Tensor]:
+        logits.grad = None
+        weights, experts = replay_topk(logits, inputs.rows, inputs.spec, **given)
+        weights.sum().backward()
+        assert logits.grad is not None
+        return experts, logits.grad
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        experts, grad = step()
+    with torch.no_grad():
+        logits.copy_(logits.roll(1, dims=0))
+    graph.replay()
+    got = experts.clone(), grad.clone()
+    assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_logits(device: torch.device) -> None:
+    tokens = 2**31 // 1024 + 70
+    logits = torch.zeros(tokens, 1024, dtype=torch.bfloat16, device=device)
+    logits[-3:] = torch.randn(3, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    logits.requires_grad_()
+    rows = torch.full((tokens, 2), -1, dtype=torch.int32, device=device)
+    spec = RouterSpec(score="softmax")
+    weights, experts = replay_topk(logits, rows, spec)
+    weights[-3:].sum().backward()
+    tail = Inputs(logits.detach()[-3:], rows[-3:], spec)
+    definition = reference.replay_topk(tail.logits, tail.rows, spec)
+    assert torch.equal(experts[-3:], definition.experts)
+    assert logits.grad is not None
+    expected = reference.replay_topk_backward(tail.logits, experts[-3:], spec, torch.ones(3, 2, device=device))
+    torch.testing.assert_close(logits.grad[-3:], expected)
+    assert not logits.grad[: tokens // 2].any()
