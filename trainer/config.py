@@ -73,6 +73,8 @@ class RunConfig:
                 raise ValueError(f"--{name} expects at least {least}, got {value}")
         if self.rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
+        if not 0 <= self.optim.decay <= 1:
+            raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
         if self.optim.lr <= 0 or self.optim.grad_clip <= 0:
             raise ValueError("--optim.lr and --optim.grad-clip expect numbers above 0")
 

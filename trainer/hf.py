@@ -26,6 +26,8 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     warmup: int = 5
     """Steps of linear warm-up."""
+    decay: float = 0.0
+    """Share of the run, at its end, over which the rate falls to 0 (warm-up, stable, decay: arXiv 2404.06395)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates."""
     weight_decay: float = 0.0
@@ -98,9 +100,11 @@ class HfBackend:
         rows = record.rows().reshape(batch.num_tokens, len(self.replay.layers), -1)
         return logprob, Routes(rows=rows, state=torch.ones_like(batch.tokens, dtype=torch.uint8), num_experts=None)
 
-    def set_lr(self, step: int) -> float:
-        """Learning rate of a training step, after linear warm-up; set on the optimizer and returned."""
-        lr = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warmup))
+    def set_lr(self, step: int, steps: int) -> float:
+        """Learning rate of a training step of a run of `steps`; set on the optimizer and returned."""
+        rise = (step + 1) / max(1, self.config.warmup)
+        fall = (steps - step) / (steps * self.config.decay) if self.config.decay else 1.0
+        lr = self.config.lr * min(1.0, rise, fall)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr

@@ -125,7 +125,7 @@ def one_step(
     times.append(time.perf_counter())
 
     backend.audit()  # the counters so far are of the measurements
-    lr = backend.set_lr(version)
+    lr = backend.set_lr(version, config.steps)
     learnt = update(backend, prepared, config.loss, step=version)
     times.append(time.perf_counter())
     if version % config.samples_every == 0 or version == config.steps - 1:
