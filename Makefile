@@ -20,8 +20,8 @@ train: install
 # The kernels' tests run twice: on the plain definitions, and on the Triton kernels in the interpreter (where ARGS may
 # select nothing, which is pytest's exit code 5).
 test: install
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels $(ARGS) || [ $$? -eq 5 ]
 
 lint: install
 	$(BIN)/ruff check .

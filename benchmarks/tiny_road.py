@@ -1,6 +1,6 @@
 """What the tiny recipe does over seeds and replay modes: reward, and the mismatch with and without replay.
 
-    python -m benchmarks.tiny_road --seeds 0 1 2 --replay rollout off --steps 60 --out benchmarks/results
+    python -m benchmarks.tiny_road --seeds 0 1 2 --replay rollout off --out benchmarks/results
 
 Each run is the `pacenote train tiny` of a user, in a folder of its own. Writes one JSON row a run; timings are of this
 machine's CPU and say nothing about a GPU.
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--replay", nargs="+", default=["rollout"], choices=["off", "rollout", "trainer"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = parser.parse_args()
     rows = []

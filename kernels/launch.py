@@ -13,6 +13,7 @@ try:
 except ImportError:  # no wheel for this platform: everything takes the reference
     triton = None
 
+HAS_TRITON = triton is not None
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 """Whether Triton kernels run in its interpreter, on the CPU. Triton decides this once, when it is imported."""
 
@@ -22,11 +23,11 @@ def takes_triton(x: Tensor) -> bool:
 
     float64 takes the reference: it is for oracles and gradient checks.
     """
-    return triton is not None and x.dtype != torch.float64 and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    return HAS_TRITON and x.dtype != torch.float64 and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Launch on the device of a tensor [any], which need not be the current one."""
+    """Launch on the device of a tensor [...], which need not be the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

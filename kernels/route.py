@@ -165,7 +165,7 @@ def _forward(
     return out.weights, out.experts, counts
 
 
-@_forward.register_fake
+@_forward.register_fake  # type: ignore[untyped-decorator]
 def _(
     logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, *fields: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +185,7 @@ def _backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tenso
     return route_triton.backward(logits, experts, state, grad, _spec(fields))
 
 
-@_backward.register_fake
+@_backward.register_fake  # type: ignore[untyped-decorator]
 def _(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, *fields: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 

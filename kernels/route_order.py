@@ -27,7 +27,7 @@ LOWEST, HIGHEST = tl.constexpr(-(2**62)), tl.constexpr(2**62)
 
 @triton.jit
 def exp(x):
-    """e^x for x <= 0. tl.exp is 2^(x log2 e), whose relative error grows with |x|: the whole powers of 2 are taken out."""
+    """e^x for x <= 0. tl.exp is 2^(x log2 e), whose relative error grows with |x|: whole powers of 2 are taken out."""
     x = tl.where(x < -104.0, -104.0, x)  # e^-104 is 0 in float32; -inf would become inf - inf below
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts; n times the first is exact
@@ -36,6 +36,7 @@ def exp(x):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + e^-x), with exponents at or below 0 only."""
     z = exp(-tl.abs(x))
     return tl.div_rn(tl.where(x >= 0, 1.0, z), 1.0 + z)
 
@@ -124,7 +125,7 @@ def close_groups(
     BE: tl.constexpr,
     BG: tl.constexpr,
 ):
-    """The order [BT, BE] with experts outside the best OPEN groups at -inf; a group scores the sum of its best DEPTH."""
+    """The order [BT, BE], outside the best OPEN groups that of -inf; a group scores the sum of its best DEPTH."""
     grouped = tl.reshape(order, [BT, BG, BE // BG])
     best = tl.full([BT, BG], HIGHEST, tl.int64)
     score = tl.zeros([BT, BG], tl.float32)

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The Triton kernels behind `replay_topk`, forward and backward. `reference.replay_topk` is the definition.
 
-A program takes BT rows. Replayed rows read K logits; the whole row is read for a softmax over all experts, for rows that
-are routed freely, and for counting. Everything is computed in float32 and no float is added atomically: results repeat.
+A program takes BT rows. Replayed rows read K logits; the whole row is read for a softmax over all experts, for rows
+that are routed freely, and for counting. Everything is computed in float32, no float is added atomically: results
+repeat.
 
 Legend: T tokens, E experts, K top-k, G groups; BT rows of a program; BE, BK, BG the blocks that hold E, K, G, powers of
 two.
@@ -112,13 +113,13 @@ def _forward_kernel(
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     here = t < T
-    t = t.to(tl.int64)
     e, k = expert_of_lane(E, G, BE, BG), tl.arange(0, BK)
     column = (k < K)[None, :]
+    spread = ((t % E)[:, None] * K + k[None, :]) % E
+    t = t.to(tl.int64)
     ids, fate = _recorded(rows, state, t, rows_stride, here, k, E, K, BT)
     live = fate != _PADDED
     own = live & (fate != _REPLAYED)
-    spread = ((t % E).to(tl.int32)[:, None] * K + k[None, :]) % E
     chosen = tl.where(live[:, None], ids, spread)
 
     top = tl.zeros([BT], tl.float32)
@@ -242,8 +243,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch, and one more to add up the counts of its programs if they are asked for.
 
-    Floor, for ids of b bytes and logits of d: T (E d or K min(32, E d / K) + K b + 8 K + weights) bytes; the whole row where
-    the head of this file says so.
+    Floor, with d bytes a logit, b an id and w a weight: T (L + K b + K w + 8 K) bytes; L is min(32 K, E d), sectors of
+    32 bytes, where only chosen logits are read, else E d: see the head of this file.
 
     Args:
         logits: [T, E] bfloat16, float16 or float32, rows at any stride.
@@ -299,7 +300,8 @@ def forward(
 def backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, spec: RouterSpec) -> Tensor:
     """One launch; every row of the gradient is written once, zeros included.
 
-    Floor for logits of d bytes: T (E d written + K (8 + 4 + 32) read) bytes, and T E d more for a softmax over all experts.
+    Floor, with d bytes a logit and w a weight: T (E d written + L + K w + 8 K) bytes; L is E d for a softmax over all
+    experts, else min(32 K, E d).
     Scores are recomputed in float32, also where the forward pass rounds them.
 
     Args:
@@ -340,7 +342,7 @@ def backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor
 
 
 def _unit_columns(x: Tensor) -> Tensor:
-    """[T, any] with neighbouring columns: rows may be anywhere, as in a layer's view, but a transposed view is copied."""
+    """[T, any] with neighbouring columns: rows may be anywhere, as in a layer of many; a transposed view is copied."""
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 

@@ -44,6 +44,8 @@ class RunConfig:
     """Run folder; none: runs/<recipe>-<time>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer runs."""
+    threads: int | None = None
+    """CPU threads of the trainer; none: torch's own choice."""
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation."""
     samples_every: int = 5
@@ -71,6 +73,8 @@ class RunConfig:
         ):
             if value < least:
                 raise ValueError(f"--{name} expects at least {least}, got {value}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads expects at least 1, got {self.threads}")
         if self.rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
         if not 0 <= self.optim.decay <= 1:

@@ -73,6 +73,8 @@ def pick_device(config: RunConfig) -> str:
 
 def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
     version = first
+    if config.threads:
+        torch.set_num_threads(config.threads)
     run.write_environment(device=backend.device, moe_layers=backend.replay.layers)
     backend.save_weights(sync.weights_path(run.weights, first))
     with ExitStack() as stack:

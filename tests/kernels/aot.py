@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time, without a GPU: the real launchers run on CPU tensors under a driver that names a target.
+"""Compile kernels ahead of time, without a GPU: the real launchers, on CPU tensors, under a driver that names a target.
 
 Nothing is launched; signatures, specialisations and options are those of a run. In a process of its own, because Triton
 decides once, when it is imported, whether it interprets:
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -105,10 +106,8 @@ def variants() -> Iterator[tuple[str, Callable[[], Any]]]:
     ]
     for name, spec, logits, rows, experts, k, state, bias, count in table:
         for tokens in (1, 33) if name in ("glm", "deepseek") else (33,):
-            yield (
-                f"{name}-T{tokens}",
-                lambda a=(spec, logits, rows, experts, k, state, bias, count), t=tokens: route(t, *a),
-            )
+            call = partial(route, tokens, spec, logits, rows, experts, k, state, bias, count)
+            yield f"{name}-T{tokens}", call
 
 
 def route(

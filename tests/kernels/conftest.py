@@ -1,4 +1,4 @@
-"""Where the kernels' tests run: on a GPU if there is one, in Triton's interpreter under TRITON_INTERPRET=1, else plain torch.
+"""Where the kernels' tests run: a GPU if there is one, Triton's interpreter under TRITON_INTERPRET=1, else plain torch.
 
 The same tests run in each; a line at the head of the run says in which.
 """

@@ -1,9 +1,9 @@
-"""Triton's interpreter, made as strict as a GPU and stricter: what it would let pass or get wrong in silence is refused.
+"""Triton's interpreter, as strict as a GPU and stricter: what it would let pass, or get wrong in silence, is refused.
 
 - Loads and stores outside the tensors of the launch raise, where a GPU corrupts memory and the interpreter crashes.
 - A masked load without `other` raises: a GPU gives anything there, the interpreter 0.
-- bfloat16 is rounded to nearest as on a GPU, and refused by arithmetic, comparisons, dots and reductions: the interpreter
-  keeps its bits in a uint16 and would compute with those.
+- bfloat16 is rounded to nearest as on a GPU, and refused by arithmetic, comparisons, dots and reductions: the
+  interpreter keeps its bits in a uint16 and would compute with those.
 - Atomic additions of floats are refused: their order, and so their result, does not repeat on a GPU.
 - device_assert and overflow of int32 are checked, launch arguments that nobody knows are refused.
 - NaN from inf - inf warns nobody, as on a GPU.
@@ -65,22 +65,22 @@ class StrictBuilder(ti.InterpreterBuilder):  # type: ignore[misc]
         refuse_bf16((a, b), "dot")
         return super().create_dot(a, b, *rest)
 
-    def create_load(self, ptr: Any, cache_policy: Any, is_volatile: Any) -> Any:
+    def create_load(self, ptr: Any, *rest: Any) -> Any:
         """Loads without a mask: all of it is read."""
         mask = ti.TensorHandle(np.ones_like(ptr.data, dtype=bool), tl.int1)
-        return self.create_masked_load(ptr, mask, None, cache_policy, is_volatile)
+        return self.create_masked_load(ptr, mask, None, *rest)
 
-    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any) -> Any:
+    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
         """Loads, within the launch's tensors."""
         if other is None and not mask.data.all():
             raise ValueError("expected other= on a masked load, got none: a GPU gives anything where the mask is unset")
         self.check_inside(ptrs, mask)
-        return super().create_masked_load(ptrs, mask, other, cache_policy, is_volatile)
+        return super().create_masked_load(ptrs, mask, other, *rest)
 
-    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         """Stores, within the launch's tensors."""
         self.check_inside(ptrs, mask)
-        return super().create_masked_store(ptrs, value, mask, cache_policy)
+        return super().create_masked_store(ptrs, value, mask, *rest)
 
     def create_atomic_rmw(self, rmw_op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
         """Atomics, of integers only."""

@@ -2,13 +2,15 @@
 
     python -m tests.kernels.mutants          # one JSON line a mutant: its name, the check, and what the check said
 
-A mutant is `kernels/route_triton.py` with one text replaced. The first line is the kernel as it is, under all the checks named.
+A mutant is the source of the kernels with a text replaced. The first line is the kernel as it is, under all the checks
+that are named.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 
 import pacenote.kernels
-from pacenote.kernels import route_triton
+from pacenote.kernels import route_order, route_triton
 from tests.kernels import interpreter
 from tests.kernels.route_checks import CHECKS
 
@@ -41,10 +43,10 @@ MUTANTS = (
     Mutant("tail lanes hold 0", 'mask=mask, other=float("-inf"))', "mask=mask, other=0.0)", "qwen3-plain-float32"),
     Mutant(
         "ties go to the highest index",
-        "(_SPAN - 1 - index), _LOWEST",
-        "index, _LOWEST",
+        "(SPAN - 1 - index), LOWEST",
+        "index, LOWEST",
         "ties",
-        ("_SPAN - 1 - (best & (_SPAN - 1)).to(tl.int32)", "(best & (_SPAN - 1)).to(tl.int32)"),
+        ("SPAN - 1 - (best & (SPAN - 1)).to(tl.int32)", "(best & (SPAN - 1)).to(tl.int32)"),
     ),
     Mutant("-0 is below 0", "tl.where(x == 0.0, 0, key)", "tl.where(x == 0.0, key, key)", "order_of_logits"),
     Mutant(
@@ -84,23 +86,23 @@ MUTANTS = (
     Mutant("free rows are replayed", "tl.where(asked == _FREE, _FREED, fate)", "fate", "kimi-k2-float32"),
     Mutant(
         "padding has one place",
-        "((t % E).to(tl.int32)[:, None] * K + k[None, :]) % E",
-        "k[None, :] + 0 * t[:, None].to(tl.int32)",
+        "((t % E)[:, None] * K + k[None, :]) % E",
+        "k[None, :] + 0 * t[:, None]",
         "padding",
     ),
     Mutant(
         "padding has weight",
-        "w = tl.where(live[:, None], _rounded(w * SCALE, logits, LOW), 0.0)",
-        "w = _rounded(w * SCALE, logits, LOW)",
+        "w = tl.where(live[:, None], rounded(w * SCALE, logits, LOW), 0.0)",
+        "w = rounded(w * SCALE, logits, LOW)",
         "padding",
     ),
     Mutant("padding has a gradient", "dense = tl.where(live[:, None], dense, 0.0)", "dense = dense", "padding"),
-    Mutant("eps is left out", "_rounded(share + EPS, logits, LOW)", "share", "renormalisation"),
+    Mutant("eps is left out", "rounded(share + EPS, logits, LOW)", "share", "renormalisation"),
     Mutant("no rounding to the scores' dtype", "if LOW else x", "if False else x", "narrow_scores"),
     Mutant(
         "empty columns are renormalised",
-        "_rounded(tl.sum(tl.where(column, w, 0.0), axis=1), logits, LOW)",
-        "_rounded(tl.sum(w, axis=1), logits, LOW)",
+        "rounded(tl.sum(tl.where(column, w, 0.0), axis=1), logits, LOW)",
+        "rounded(tl.sum(w, axis=1), logits, LOW)",
         "minimax-float32",
     ),
     Mutant("rank is off by one", "(better < K)", "(better <= K)", "recorded_order"),
@@ -132,30 +134,31 @@ def verdict(check: str) -> str:
     return ""
 
 
-def mutate(mutant: Mutant, source: str, folder: Path) -> None:
+def mutate(mutant: Mutant, folder: Path) -> None:
     """Put a mutant where the op imports its kernel from."""
+    number = MUTANTS.index(mutant)
+    order, kernel = (Path(module.__file__ or "").read_text(encoding="utf-8") for module in (route_order, route_triton))
     for text, instead in filter(None, ((mutant.text, mutant.instead), mutant.also)):
-        assert text in source, f"the kernel has no {text!r}"
-        source = source.replace(text, instead)
-    path = folder / f"mutant_{MUTANTS.index(mutant)}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    pacenote.kernels.route_triton = module  # type: ignore[assignment]
+        assert text in order + kernel, f"the kernel has no {text!r}"
+        order, kernel = order.replace(text, instead), kernel.replace(text, instead)
+    (folder / f"mutant_order_{number}.py").write_text(order, encoding="utf-8")
+    kernel = kernel.replace("pacenote.kernels.route_order", f"mutant_order_{number}")
+    (folder / f"mutant_{number}.py").write_text(kernel, encoding="utf-8")
+    importlib.invalidate_caches()
+    # The op looks its kernel up as an attribute of the package at every call.
+    vars(pacenote.kernels)["route_triton"] = importlib.import_module(f"mutant_{number}")
 
 
 def main() -> None:
     """Try the kernel as it is, then each mutant."""
     interpreter.install()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
-    source = Path(route_triton.__file__).read_text(encoding="utf-8")
     said = "; ".join(filter(None, (verdict(check) for check in sorted({mutant.check for mutant in MUTANTS}))))
     print(json.dumps({"name": "", "check": "all", "said": said}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        sys.path.append(folder)
         for mutant in MUTANTS:
-            mutate(mutant, source, Path(folder))
+            mutate(mutant, Path(folder))
             print(json.dumps({"name": mutant.name, "check": mutant.check, "said": verdict(mutant.check)}), flush=True)
 
 

@@ -65,11 +65,8 @@ class Inputs:
 
     def on(self, device: torch.device) -> Inputs:
         """The same on a device."""
-        moved = {
-            name: value if value is None else value.to(device)
-            for name, value in (("state", self.state), ("bias", self.bias))
-        }
-        return replace(self, logits=self.logits.to(device), rows=self.rows.to(device), **moved)
+        state, bias = (value if value is None else value.to(device) for value in (self.state, self.bias))
+        return replace(self, logits=self.logits.to(device), rows=self.rows.to(device), state=state, bias=bias)
 
 
 def random(
@@ -77,14 +74,14 @@ def random(
     experts: int,
     k: int,
     *,
-    tokens: int = 70,
+    tokens: int = 60,
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
     rows: torch.dtype = torch.int32,
     grid: float | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Random logits (multiples of `grid`, so with ties, if given), and rows of every fate; padding rows hold NaN logits."""
+    """Random logits (multiples of `grid` if given: ties), rows of every fate, NaN logits in padding rows."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=g)
     logits = (logits if grid is None else (logits / grid).round() * grid).to(dtype)
@@ -136,14 +133,14 @@ def check(inputs: Inputs, device: torch.device, *, exact: bool = False) -> tuple
     clean = torch.where(pad, 0.0, given.logits)
     plain, gold = (torch.where(pad, 0.0, reference.chosen_weights(x, experts, spec)) for x in (clean, clean.double()))
     kind = reference.weight_dtype(given.logits.dtype, spec)
-    assert weights.dtype == kind and experts.dtype == torch.int64
+    assert (weights.dtype, experts.dtype) == (kind, torch.int64)
     arithmetic = given.logits.dtype if spec.score_dtype == "logits" else kind
     no_worse("weights", weights.detach(), plain.to(kind), gold, arithmetic)
     assert (weights.detach()[pad[:, 0]] == 0).all(), "weights of padding rows"
 
     grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
     grad = torch.where(pad, NAN, grad)
-    weights.backward(grad)
+    weights.backward(grad)  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     compare_gradients(given, leaf.grad, experts, grad, gold)
 
@@ -183,7 +180,7 @@ def compare_gradients(inputs: Inputs, mine: Tensor, experts: Tensor, grad: Tenso
         reference.replay_topk_backward(x, experts, spec, g, state=state)
         for x, g in ((logits, grad), (logits.double(), grad.double()))
     )
-    assert mine.dtype == logits.dtype and mine.shape == logits.shape
+    assert (mine.dtype, mine.shape) == (logits.dtype, logits.shape)
     if state is not None:
         assert (mine[state == PAD] == 0).all(), "gradient of padding rows"
     # Autograd of the definition makes 0 * NaN of a logit that is NaN and not chosen; the kernel never looks at it.
@@ -196,7 +193,7 @@ def compare_gradients(inputs: Inputs, mine: Tensor, experts: Tensor, grad: Tenso
 def no_worse(
     name: str, mine: Tensor, plain: Tensor, gold: Tensor, arithmetic: torch.dtype, terms: Tensor | None = None
 ) -> None:
-    """The error against float64 is at most twice that of plain torch at the same dtype, plus one rounding; all [T, any].
+    """The error against float64 is at most twice that of plain torch at the same dtype, plus one rounding; [T, any].
 
     The rounding is one of the largest result, or of the largest of the `terms` [T, any] that add up to it. NaN stands
     where plain torch has it.

@@ -14,7 +14,7 @@ import pytest
 
 from pacenote.kernels import launch
 
-if launch.triton is None:
+if not launch.HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
 if launch.INTERPRETED:
     pytest.skip("runs once, in the run without TRITON_INTERPRET", allow_module_level=True)
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.aot
 ROOT = Path(__file__).resolve().parents[2]
 
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes of shared memory a block may have: CUDA C++ Programming Guide, table of compute capabilities; CDNA3 ISA, LDS."""
+"""Bytes of shared memory a block may have: CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA, LDS."""
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 """Registers a thread may have: same table; CDNA3 counts vector and accumulation registers."""
 

@@ -17,12 +17,7 @@ from pacenote.kernels import reference
 from pacenote.kernels.logprob import linear_logprob, logprob_from_logits
 
 NAN, INF, IGNORE = float("nan"), float("inf"), -100
-CASES = settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+CASES = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 Op = Callable[..., tuple[Tensor, Tensor]]
 
 

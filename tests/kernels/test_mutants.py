@@ -1,4 +1,4 @@
-"""The checks of `route_checks` are worth something: each of these broken kernels fails the one that is about its fault."""
+"""The checks of `route_checks` are worth something: each of these broken kernels fails the one about its fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from pacenote.kernels import launch
 
-if launch.triton is None:
+if not launch.HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
 if launch.INTERPRETED:
     pytest.skip("runs once, in the run without TRITON_INTERPRET", allow_module_level=True)

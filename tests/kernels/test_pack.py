@@ -18,12 +18,7 @@ from pacenote.kernels.pack import PackedBatch, pack
 from pacenote.kernels.spec import CACHED, DECODE, FREE, MISSING, PAD, PREFILL, RECOMPUTED, REPLAY
 
 NAN = float("nan")
-CASES = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+CASES = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,7 @@ REPLAYED, FREED, DUPLICATE, OUT_OF_RANGE, PADDED = range(5)
 NAN, INF = float("nan"), float("inf")
 # No two sums of scores of these are equal by accident, so ties are exactly those of equal logits and biases.
 LOGITS = (0.0, 0.0, 0.31, 1.13, 2.02, -0.77, -INF, NAN)
-CASES = settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+CASES = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 # --- one row, in Python ----------------------------------------------------------------------------------------------
@@ -312,14 +307,8 @@ def test_padding_changes_no_other_row(device: torch.device) -> None:
 
 # --- the routers themselves ------------------------------------------------------------------------------------------
 
-SIGMOID: dict[str, Any] = {
-    "score": "sigmoid",
-    "renormalize": True,
-    "eps": 1e-20,
-    "scale": 1.8,
-    "score_dtype": "logits",
-    "weight_dtype": "logits",
-}
+SIGMOID: dict[str, Any] = {"score": "sigmoid", "renormalize": True, "eps": 1e-20, "scale": 1.8}
+SIGMOID |= {"score_dtype": "logits", "weight_dtype": "logits"}
 DEEPSEEK = {"n_routed_experts": 16, "norm_topk_prob": True, "routed_scaling_factor": 1.8}
 ROUTERS: list[tuple[str, str, dict[str, Any], RouterSpec]] = [
     (
