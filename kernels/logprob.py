@@ -167,7 +167,7 @@ class _Rows:
         else:
             if not 0 < temperature < float("inf"):
                 raise ValueError(f"expected a temperature above 0, got {temperature}")
-            heat = torch.tensor(float(temperature), dtype=kind, device=device)
+            heat = torch.full((), float(temperature), dtype=kind, device=device)
         live = flat != ignore_index
         inside = (flat >= 0) & (flat < bound)
         if device.type == "cpu" and not bool((inside | ~live).all()):

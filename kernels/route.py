@@ -57,8 +57,7 @@ def replay_topk(
 ) -> tuple[Tensor, Tensor]:
     """Route with the recorded experts where they are valid, with the router's own top-k where they are not.
 
-    Floor on a GPU, b bytes a row id: forward 4 T E + T K (b + 12) bytes, backward 8 T E + 12 T K, no arithmetic to
-    speak of.
+    Floors in bytes, and what is read when: docs/kernels.md. No arithmetic to speak of.
 
     Args:
         logits: [T, E] floating, rows may be strided.

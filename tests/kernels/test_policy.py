@@ -324,11 +324,8 @@ def test_far_apart_stays_finite(config: PolicyConfig, far: float, dtype: torch.d
     if dtype == torch.float16:
         tokens = [replace(t, policy=max(t.policy, -6e4)) for t in tokens]
     loss, grad, _, metrics = run(tokens, config, device, dtype=dtype)
-    assert loss.isfinite()
-    assert grad.isfinite().all()
+    assert all(x.isfinite().all() for x in (loss, grad, metrics["ratio_max"], metrics["tis_mean"]))
     assert (grad[:2] <= 0).all()
-    for name in ("ratio_mean", "ratio_max", "tis_mean"):
-        assert metrics[name].isfinite(), name
 
 
 def test_k3_is_never_negative_and_keeps_small_values(device: torch.device) -> None:
@@ -357,8 +354,8 @@ def test_nothing_trained(tokens: list[Token], normalize: Any, device: torch.devi
 def test_without_old_logprobs_the_policy_is_its_own_old(device: torch.device) -> None:
     """The ratio is 1 with a slope; importance weights exp(policy - rollout) have none."""
     tokens = [Token(0, True, -1.0, NAN, -1.3, 2.0), Token(0, True, -2.0, NAN, -1.5, -1.0)]
-    for config, weight in ((PolicyConfig(), math.exp(0.3)), (PolicyConfig(tis_cap=1.1), 1.1)):
-        _, grad, _, metrics = run(tokens, config, device, given_old=False)
+    for cap, weight in ((2.0, math.exp(0.3)), (1.1, 1.1)):
+        _, grad, _, metrics = run(tokens, PolicyConfig(tis_cap=cap), device, given_old=False)
         assert grad.tolist() == pytest.approx([-weight * 2 / 2, math.exp(-0.5) / 2])
     assert float(metrics["ratio_mean"]) == float(metrics["ratio_max"]) == 1.0
     assert float(metrics["kl_old_k1"]) == float(metrics["clip_fraction"]) == 0.0

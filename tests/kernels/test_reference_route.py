@@ -307,8 +307,8 @@ def test_padding_changes_no_other_row(device: torch.device) -> None:
 
 # --- the routers themselves ------------------------------------------------------------------------------------------
 
-SIGMOID: dict[str, Any] = {"score": "sigmoid", "renormalize": True, "eps": 1e-20, "scale": 1.8}
-SIGMOID |= {"score_dtype": "logits", "weight_dtype": "logits"}
+LOGITS_DTYPE: dict[str, Any] = {"score_dtype": "logits", "weight_dtype": "logits"}
+SIGMOID = {"score": "sigmoid", "renormalize": True, "eps": 1e-20, "scale": 1.8, **LOGITS_DTYPE}
 DEEPSEEK = {"n_routed_experts": 16, "norm_topk_prob": True, "routed_scaling_factor": 1.8}
 ROUTERS: list[tuple[str, str, dict[str, Any], RouterSpec]] = [
     (
@@ -342,12 +342,7 @@ ROUTERS: list[tuple[str, str, dict[str, Any], RouterSpec]] = [
         RouterSpec(score="softmax", weight_dtype="logits"),
     ),
     ("mixtral", "MixtralTopKRouter", {"num_local_experts": 16}, RouterSpec(score="softmax", renormalize=True)),
-    (
-        "gpt_oss",
-        "GptOssTopKRouter",
-        {"num_local_experts": 16},
-        RouterSpec(score="softmax_topk", score_dtype="logits", weight_dtype="logits"),
-    ),
+    ("gpt_oss", "GptOssTopKRouter", {"num_local_experts": 16}, RouterSpec(score="softmax_topk", **LOGITS_DTYPE)),
     ("minimax_m2", "MiniMaxM2TopKRouter", {"num_local_experts": 16}, RouterSpec(score="sigmoid", renormalize=True)),
 ]
 
