@@ -112,15 +112,16 @@ def update(
     """Take one optimizer step per entry of `steps`; gradients of its microbatches add up to the whole's.
 
     Returns:
-        Metrics averaged over the optimizer steps, weighted by trainable tokens; `grad_norm` is the largest, unclipped.
+        Metrics of `policy_loss` over all the steps: means over trained tokens, but `loss` is the mean over optimizer
+        steps, `ratio_max` the largest, `tokens` and `samples` sums; `grad_norm` is the largest, unclipped.
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; the optimizer step that would have used it was not taken.
     """
-    totals: dict[str, float] = {}
-    weight, norms = 0.0, []
+    parts: list[dict[str, float]] = []
+    norms: list[float] = []
     for prepared in steps:
-        denominator = sum(int(item.batch.loss_mask.sum()) for item in prepared)
+        denominator = sum(_weight(item.batch, config) for item in prepared)
         if not denominator:
             continue
         for item in prepared:
@@ -129,15 +130,33 @@ def update(
                 out = policy_loss(logprob, item.batch, config, entropy=entropy, denominator=denominator)
                 _check_finite(float(out.loss.detach()), "loss", step, backend.optimizer.zero_grad)
                 out.backward()
-            tokens = float(item.batch.loss_mask.sum())
-            weight += tokens
-            for name, value in out.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * tokens
+            parts.append({name: float(value) for name, value in out.metrics.items()})
         norm = backend.apply_gradients()
         _check_finite(norm, "gradient norm", step, backend.optimizer.zero_grad)
         norms.append(norm)
-    means = {name: value / weight for name, value in totals.items()} if weight else {}
-    return {**means, "grad_norm": max(norms, default=0.0)}
+    return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0)}
+
+
+def _weight(batch: PackedBatch, config: PolicyConfig) -> int:
+    """A microbatch's part of the optimizer step's denominator: its trained tokens, or its samples that have any."""
+    if config.normalize == "sequence":
+        return len(batch.segment_ids[batch.loss_mask].unique())
+    return int(batch.loss_mask.sum())
+
+
+def _merged(parts: Sequence[dict[str, float]], steps: int) -> dict[str, float]:
+    """Metrics of a training step from those of its microbatches."""
+    tokens = sum(part["tokens"] for part in parts)
+    if not tokens:
+        return {}
+    merged = {name: sum(part[name] * part["tokens"] for part in parts) / tokens for name in parts[0]}
+    return {
+        **merged,
+        "loss": sum(part["loss"] for part in parts) / steps,  # a microbatch's loss is its share of its step's
+        "ratio_max": max(part["ratio_max"] for part in parts),
+        "tokens": tokens,
+        "samples": sum(part["samples"] for part in parts),
+    }
 
 
 def _check_finite(value: float, what: str, step: int, cleanup: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -106,10 +107,12 @@ def test_rows_of_another_version_are_not_replayed(backend: HfBackend, trajectori
     assert gap_of(backend, [replace(t, version=version) for t in trajectories]).missing == COUNT * PROMPT
 
 
-def gradients(backend: HfBackend, trajectories: list[Trajectory], tokens: int) -> list[torch.Tensor]:
+def gradients(
+    backend: HfBackend, trajectories: list[Trajectory], tokens: int, config: PolicyConfig
+) -> list[torch.Tensor]:
     """Gradients of one optimizer step that is cut into microbatches of `tokens` positions."""
-    config = replace(backend.config, microbatch_tokens=tokens)
-    prepared, _ = prepare(backend, [microbatches(samples(trajectories), config, "cpu")], "rollout")
+    batches = microbatches(samples(trajectories), replace(backend.config, microbatch_tokens=tokens), "cpu")
+    prepared, _ = prepare(backend, [batches], "rollout")
     kept: list[torch.Tensor] = []
 
     def capture() -> float:
@@ -118,12 +121,20 @@ def gradients(backend: HfBackend, trajectories: list[Trajectory], tokens: int) -
         return 1.0
 
     backend.apply_gradients = capture  # type: ignore[method-assign]
-    update(backend, prepared, PolicyConfig(entropy_coef=0.01), step=0)
+    said = update(backend, prepared, config, step=0)
+    assert said["tokens"] == sum(t.trained for t in trajectories)
+    assert said["samples"] == COUNT
+    kept.append(torch.tensor(said["loss"]))
     return kept
 
 
-def test_microbatching_does_not_change_the_gradient(backend: HfBackend, trajectories: list[Trajectory]) -> None:
-    one, many = gradients(backend, trajectories, 10_000), gradients(backend, trajectories, 40)
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_microbatching_changes_neither_gradient_nor_loss(
+    backend: HfBackend, trajectories: list[Trajectory], normalize: Literal["token", "sequence"]
+) -> None:
+    uneven = [t.truncate(LENGTH - i % 5) for i, t in enumerate(trajectories)]
+    config = PolicyConfig(entropy_coef=0.01, normalize=normalize)
+    one, many = gradients(backend, uneven, 10_000, config), gradients(backend, uneven, 40, config)
     largest = max(float(g.abs().max()) for g in one)
     assert len(one) == len(many) > 10
     assert max(float((a - b).abs().max()) for a, b in zip(one, many, strict=True)) < 1e-4 * largest

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer import letters, recipes, tasks
 from pacenote.trainer.config import RunConfig, dump, parse
 from pacenote.trainer.game import Game
@@ -130,6 +131,10 @@ def test_config_round_trip(tmp_path: Path) -> None:
 
 
 def test_config_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="has no reference policy"):
+        RunConfig(recipe="tiny", loss=PolicyConfig(kl_coef=0.1))
+    with pytest.raises(ValueError, match="token or sequence"):
+        RunConfig(recipe="tiny", loss=PolicyConfig(normalize="constant"))
     with pytest.raises(ValueError, match="--steps expects at least 1, got 0"):
         RunConfig(recipe="tiny", steps=0)
     with pytest.raises(ValueError, match=r"config\.json"):
