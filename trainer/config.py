@@ -78,9 +78,7 @@ class RunConfig:
         if self.rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
         if self.loss.kl_coef:
-            raise ValueError(
-                f"--loss.kl-coef expects 0, got {self.loss.kl_coef}: this trainer keeps no reference policy"
-            )
+            raise ValueError(f"--loss.kl-coef expects 0, got {self.loss.kl_coef}: this trainer has no reference policy")
         if self.loss.normalize == "constant":
             raise ValueError("--loss.normalize expects token or sequence: this trainer has no constant to divide by")
         if not 0 <= self.optim.decay <= 1:
