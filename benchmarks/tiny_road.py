@@ -29,14 +29,18 @@ def run(seed: int, replay: str, steps: int, folder: Path) -> dict[str, Any]:
                "--steps", str(steps), "--out", str(folder)]  # fmt: skip
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
+    return summary(folder, seed, replay, time.perf_counter() - began)
+
+
+def summary(folder: Path, seed: int, replay: str, seconds: float | None) -> dict[str, Any]:
+    """The row of a finished run's folder."""
     rows = metrics.read(folder / "metrics.jsonl")
     first, last, _ = findings.ends(rows, "reward")
     trained, native = findings.mean(rows, "abs_delta_logp"), findings.mean(rows, "abs_delta_logp_native")
     return {
         "seed": seed,
         "replay": replay,
-        "steps": steps,
+        "steps": len(rows),
         "reward_first": first,
         "reward_last": last,
         "abs_delta_logp": trained,
@@ -71,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--replay", nargs="+", default=["rollout"], choices=["off", "rollout", "trainer"])
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     asked = parser.parse_args()
     rows = []

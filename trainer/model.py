@@ -26,7 +26,7 @@ class TinyShape:
     hidden_size: int = 64
     intermediate_size: int = 128
     moe_intermediate_size: int = 32
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 6
     num_attention_heads: int = 4
     n_routed_experts: int = 16
     num_experts_per_tok: int = 2

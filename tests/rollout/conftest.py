@@ -38,7 +38,7 @@ from pacenote.rollout.store import MemoryStore
 from pacenote.rollout.template import FAMILIES, Template
 from pacenote.rollout.turn import Turn
 
-GEOMETRY = RoutingGeometry(num_layers=5, layers=(1, 2, 3, 4), num_experts=16, top_k=2)
+GEOMETRY = RoutingGeometry(num_layers=6, layers=(1, 2, 3, 4, 5), num_experts=16, top_k=2)
 STOPS = {"user": "<|user|>", "observation": "<|observation|>", "end": "<|endoftext|>"}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

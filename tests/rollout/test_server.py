@@ -577,7 +577,7 @@ def test_the_whole_road(road: str, tiny_dir: Path) -> None:
         assert trajectory.tokens.tolist() == sent[-1]
         assert trajectory.experts is not None
         assert trajectory.experts.shape == (len(trajectory) - 1, 4, 2)
-        assert load_geometry(str(tiny_dir)).layers == trajectory.layers == (1, 2, 3, 4)
+        assert load_geometry(str(tiny_dir)).layers == trajectory.layers == (1, 2, 3, 4, 5)
         assert (trajectory.logprobs[trajectory.loss_mask == 1] < 0).all()
         assert not trajectory.logprobs[trajectory.loss_mask == 0].any()
         assert [r["parent"] for r in records(http, session)] == [None, 0, 1]
