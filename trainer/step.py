@@ -140,7 +140,7 @@ def update(
 def _weight(batch: PackedBatch, config: PolicyConfig) -> int:
     """A microbatch's part of the optimizer step's denominator: its trained tokens, or its samples that have any."""
     if config.normalize == "sequence":
-        return len(batch.segment_ids[batch.loss_mask].unique())
+        return int((batch.segment_ids[batch.loss_mask].bincount() > 0).sum())
     return int(batch.loss_mask.sum())
 
 
