@@ -48,16 +48,16 @@ _numbers = itertools.count(1)
 
 
 def identity_rows(tokens: Sequence[int], start: int = 0) -> NDArray[np.int32]:
-    """[tokens, 4, 2]: the token's hexadecimal digits in slot 0 and those of its position (from `start`) in slot 1."""
+    """[tokens, L, 2]: the token's hexadecimal digits in slot 0 and those of its position (from `start`) in slot 1."""
     places = np.arange(start, start + len(tokens), dtype=np.int32)
-    shifts = np.arange(4, dtype=np.int32) * 4
+    shifts = np.arange(len(GEOMETRY.layers), dtype=np.int32) * 4
     pair = np.stack([np.asarray(tokens, dtype=np.int32).reshape(-1), places], axis=1)
     return (pair[:, None, :] >> shifts[None, :, None]) & 15
 
 
 def named_tokens(experts: NDArray[Any]) -> tuple[list[int], list[int]]:
-    """(tokens, positions) that rows [R, 4, 2] name."""
-    digits = (experts.astype(np.int64) << (np.arange(4) * 4)[None, :, None]).sum(axis=1)
+    """(tokens, positions) that rows [R, L, 2] name."""
+    digits = (experts.astype(np.int64) << (np.arange(len(GEOMETRY.layers)) * 4)[None, :, None]).sum(axis=1)
     return digits[:, 0].tolist(), digits[:, 1].tolist()
 
 

@@ -75,7 +75,7 @@ def test_the_wire_form(player: Player) -> None:
             f"{index}.tokens": ("int32", (length,)),
             f"{index}.loss_mask": ("uint8", (length,)),
             f"{index}.logprobs": ("float32", (length,)),
-            f"{index}.experts": ("uint8", (length - 1, 4, 2)),
+            f"{index}.experts": ("uint8", (length - 1, 5, 2)),
             f"{index}.provenance": ("uint8", (length - 1,)),
             f"{index}.version": ("int32", (length,)),
         }
@@ -85,7 +85,7 @@ def test_the_wire_form(player: Player) -> None:
     assert notes["count"] == 2
     assert notes["samples"][0] == {
         "status": "length",
-        "layers": [1, 2, 3, 4],
+        "layers": [1, 2, 3, 4, 5],
         "num_experts": 16,
         "spans": [list(span) for span in trajectory.spans],
     }

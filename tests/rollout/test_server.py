@@ -576,7 +576,7 @@ def test_the_whole_road(road: str, tiny_dir: Path) -> None:
         [trajectory] = samples(http, session)
         assert trajectory.tokens.tolist() == sent[-1]
         assert trajectory.experts is not None
-        assert trajectory.experts.shape == (len(trajectory) - 1, 4, 2)
+        assert trajectory.experts.shape == (len(trajectory) - 1, 5, 2)
         assert load_geometry(str(tiny_dir)).layers == trajectory.layers == (1, 2, 3, 4, 5)
         assert (trajectory.logprobs[trajectory.loss_mask == 1] < 0).all()
         assert not trajectory.logprobs[trajectory.loss_mask == 0].any()

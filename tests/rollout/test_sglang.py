@@ -174,7 +174,7 @@ def expert(value: int) -> Callable[[dict[str, Any]], None]:
     return rows(change)
 
 
-ROW = 5 * 2 * 4  # bytes
+ROW = 6 * 2 * 4  # bytes
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no choices": (lambda raw: raw.pop("choices"), "expected one choice from the engine, got no choices"),
     "empty choices": (choices(lambda _: []), "got 0 choices"),
