@@ -19,15 +19,20 @@ def tensor(
     Raises:
         ValueError: it is something else.
     """
-    wanted = f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
-    kinds = " or ".join(map(short, dtypes))
     if not isinstance(value, Tensor):
-        raise ValueError(f"expected {name} as a tensor {wanted} of {kinds}, got {type(value).__name__}")
+        raise ValueError(f"expected {name} as a tensor {_kind(shape, dtypes)}, got {type(value).__name__}")
     same = value.ndim == len(shape) and all(w is None or w == s for w, s in zip(shape, value.shape, strict=True))
     if not same or value.dtype not in dtypes:
-        raise ValueError(f"expected {name} {wanted} of {kinds}, got {list(value.shape)} of {short(value.dtype)}")
+        got = f"{list(value.shape)} of {short(value.dtype)}"
+        raise ValueError(f"expected {name} {_kind(shape, dtypes)}, got {got}")
     if value.device != device:
         raise ValueError(f"expected {name} on {device} as the other arguments, got {value.device}: move it first")
+
+
+def _kind(shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> str:
+    """In words, and only for an error: torch.compile makes no text of a size that varies."""
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"[{wanted}] of {' or '.join(map(short, dtypes))}"
 
 
 def short(dtype: torch.dtype) -> str:

@@ -47,6 +47,14 @@ def row_blocks(lanes: int) -> Blocks:
     return Blocks(rows=64 if INTERPRETED else max(1, min(16, 1024 // lanes)), warps=4)
 
 
+def copy_rows(words: int) -> int:
+    """Rows of a block that a program of four warps turns round in shared memory: about 2048 words, at least 8 rows.
+
+    That is at most 16 KiB, and few enough addresses and masks for the registers. In the interpreter: see `row_blocks`.
+    """
+    return 256 if INTERPRETED else max(8, min(128, 2048 // words))
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is not below n >= 1; Triton's block shapes are such."""
     return 1 << (n - 1).bit_length()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pacenote.kernels import check
 from pacenote.kernels import reference as plain
+from pacenote.kernels.segment import segment_mean, segment_sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +180,7 @@ class _Terms:
 def _reduce(loss: Tensor, batch: PolicyBatch, config: PolicyConfig, denominator: float | Tensor | None) -> Tensor:
     """[T] -> 0-d."""
     if config.normalize == "sequence":
-        means = plain.segment_mean(loss, batch.loss_mask, batch.segment_ids, batch.num_samples)
+        means = segment_mean(loss, batch.segment_ids, batch.num_samples, mask=batch.loss_mask)
         total, count = means.sum(), _trained_samples(batch)
     else:
         total, count = loss.sum(), batch.loss_mask.sum()
@@ -190,7 +191,7 @@ def _reduce(loss: Tensor, batch: PolicyBatch, config: PolicyConfig, denominator:
 
 def _trained_samples(batch: PolicyBatch) -> Tensor:
     """0-d: samples with a trained token."""
-    counts = plain.segment_sum(batch.loss_mask.float(), batch.segment_ids, batch.num_samples)
+    counts = segment_sum(batch.loss_mask.float(), batch.segment_ids, batch.num_samples)
     return (counts > 0).sum()
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pacenote.kernels.spec import FREE, PAD, RouterSpec
+from pacenote.kernels.spec import FREE, PAD, REPLAY, RouterSpec
 
 REPLAYED, FREED, DUPLICATE, OUT_OF_RANGE, PADDED = range(5)
 """Fate of a row: replayed, routed freely (as asked, or missing), refused for a reason and routed freely, padding."""
 
-COUNTERS = ("replayed", "free", "duplicate", "out_of_range", "pad", "flipped", "overlap")
-"""Names of the counts of a routing; the first five are the fates above."""
+COUNTERS = ("replayed", "free", "duplicate", "out_of_range", "pad", "flipped", "overlap", "missing")
+"""Names of the counts of a routing; the first five are the fates above, `missing` is a part of `free`."""
 
 MAX_LOG_RATIO = 20.0
 """Bound on a difference of logprobs before exp: e^20 is 4.9e8, a float32 product with it stays finite."""
@@ -32,12 +32,21 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """weights [T, K], experts [T, K] int64, fate [T] uint8 (REPLAYED..PADDED), native [T, K] int64: the own top-k."""
+    """What became of T rows.
+
+    Attributes:
+        weights: [T, K].
+        experts: [T, K] int64.
+        fate: [T] uint8, REPLAYED..PADDED.
+        native: [T, K] int64, the own top-k.
+        missing: [T] bool, rows that were to be replayed and have a negative id; FREED by their fate.
+    """
 
     weights: Tensor
     experts: Tensor
     fate: Tensor
     native: Tensor
+    missing: Tensor
 
 
 def replay_topk(
@@ -60,7 +69,9 @@ def replay_topk(
     experts = torch.where((fate == REPLAYED)[:, None], rows.long(), own)
     experts = torch.where((fate == PADDED)[:, None], spread, experts)
     weights = torch.where((fate == PADDED)[:, None], 0.0, chosen_weights(logits, experts, spec))
-    return Routing(weights.to(weight_dtype(logits.dtype, spec)), experts, fate, own)
+    missing = (fate == FREED) & (rows.long() < 0).any(dim=1)
+    missing = missing if state is None else missing & (state != FREE)
+    return Routing(weights.to(weight_dtype(logits.dtype, spec)), experts, fate, own, missing)
 
 
 def weight_dtype(logits: torch.dtype, spec: RouterSpec) -> torch.dtype:
@@ -124,20 +135,34 @@ def native_topk(logits: Tensor, k: int, spec: RouterSpec, bias: Tensor | None) -
 
     NaN counts as the largest value, as in torch.sort. Experts of closed groups count as -inf.
     """
-    select = wide(logits) if selects_by_logits(spec, bias) else wide(scores(logits, spec))
-    if bias is not None:
-        select = select + wide(bias)
-    if spec.groups > 1:
-        tokens, experts = select.shape
-        grouped = select.reshape(tokens, spec.groups, experts // spec.groups)
-        best = grouped.sort(dim=2, descending=True).values
-        rank = best[:, :, 0]
-        for i in range(1, group_depth(k, experts, spec)):  # best first: the order of a sum decides its rounding
-            rank = rank + best[:, :, i]
-        opened = rank.sort(dim=1, descending=True, stable=True).indices[:, : spec.topk_groups]
-        closed = torch.ones_like(rank, dtype=torch.bool).scatter(1, opened, False)
-        select = grouped.masked_fill(closed[:, :, None], float("-inf")).reshape(tokens, experts)
+    select = close_groups(selection(logits, spec, bias), k, spec)
     return select.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def selection(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> Tensor:
+    """[T, E] what selects, in every group: the logits [T, E] themselves where they do, else scores plus bias [E]."""
+    select = wide(logits) if selects_by_logits(spec, bias) else wide(scores(logits, spec))
+    return select if bias is None else select + wide(bias)
+
+
+def close_groups(select: Tensor, k: int, spec: RouterSpec) -> Tensor:
+    """[T, E] the selection [T, E], and -inf in the groups that are not among the best `topk_groups`."""
+    if spec.groups == 1:
+        return select
+    rank = group_scores(select, k, spec)
+    opened = rank.sort(dim=1, descending=True, stable=True).indices[:, : spec.topk_groups]
+    closed = torch.ones_like(rank, dtype=torch.bool).scatter(1, opened, False)
+    return select.masked_fill(closed.repeat_interleave(select.shape[1] // spec.groups, dim=1), float("-inf"))
+
+
+def group_scores(select: Tensor, k: int, spec: RouterSpec) -> Tensor:
+    """[T, G] scores of the groups of a selection [T, E]."""
+    tokens, experts = select.shape
+    best = select.reshape(tokens, spec.groups, experts // spec.groups).sort(dim=2, descending=True).values
+    rank = best[:, :, 0]
+    for i in range(1, group_depth(k, experts, spec)):  # best first: the order of a sum decides its rounding
+        rank = rank + best[:, :, i]
+    return rank
 
 
 def group_depth(k: int, experts: int, spec: RouterSpec) -> int:
@@ -168,13 +193,74 @@ def pad_experts(tokens: int, k: int, num_experts: int, device: torch.device | st
 
 
 @torch.no_grad()
-def route_counts(out: Routing, rows: Tensor) -> Tensor:
-    """[7] int64 in the order of COUNTERS, for the recorded rows [T, K]."""
-    fates = [(out.fate == fate).sum() for fate in range(5)]
-    replayed = out.fate == REPLAYED
+def route_overlap(out: Routing, rows: Tensor) -> Tensor:
+    """[T] int64: experts that the recorded row [T, K] and the own choice share; K where the row is not replayed."""
     both = (rows.long()[:, :, None] == out.native[:, None, :]).any(dim=2).sum(dim=1)
-    flipped = (replayed & (both < rows.shape[1])).sum()
-    return torch.stack([*fates, flipped, torch.where(replayed, both, 0).sum()])
+    return torch.where(out.fate == REPLAYED, both, rows.shape[1])
+
+
+@torch.no_grad()
+def route_counts(out: Routing, rows: Tensor) -> Tensor:
+    """[8] int64 in the order of COUNTERS, for the recorded rows [T, K]."""
+    fates = [(out.fate == fate).sum() for fate in range(5)]
+    both = route_overlap(out, rows)
+    overlap = torch.where(out.fate == REPLAYED, both, 0).sum()
+    return torch.stack([*fates, (both < rows.shape[1]).sum(), overlap, out.missing.sum()])
+
+
+@torch.no_grad()
+def route_margin(out: Routing, logits: Tensor, rows: Tensor, spec: RouterSpec, bias: Tensor | None) -> Tensor:
+    """0-d float64: how far the own choice is from the recorded one, summed over flipped rows.
+
+    Of a row: the selection of the K-th best expert less that of the worst recorded one, from logits [T, E], rows
+    [T, K] and bias [E]; in units of what selects. At least 0, since an expert of a closed group may be better than an
+    open one; 0 where it is not finite. NaN is the largest, as in the choice.
+    """
+    k, select = rows.shape[1], selection(logits, spec, bias)
+    last = close_groups(select, k, spec).gather(1, out.native[:, -1:])[:, 0]
+    recorded = torch.where((out.fate == REPLAYED)[:, None], rows.long(), 0)
+    worst = select.gather(1, recorded).sort(dim=1, descending=True).values[:, -1]
+    margin = (last - worst).clamp(min=0)
+    return torch.where((route_overlap(out, rows) < k) & margin.isfinite(), margin, 0.0).sum(dtype=torch.float64)
+
+
+@torch.no_grad()
+def route_load(out: Routing, num_experts: int) -> Tensor:
+    """[E] int64: how many (token, slot) pairs go to each expert, those of padding rows left out."""
+    ids = torch.where((out.fate == PADDED)[:, None], num_experts, out.experts).flatten()
+    load = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return load.scatter_add_(0, ids, torch.ones_like(ids))[:num_experts]
+
+
+@dataclass(frozen=True, slots=True)
+class Permutation:
+    """(token, slot) pairs in the order of their experts; pairs of one expert, and dropped ones, in their own order.
+
+    Attributes:
+        order: [T*K] int32, the pair t*K + k that stands at each place; dropped pairs stand at the end.
+        place: [T, K] int32, where each pair stands: the inverse.
+        offsets: [E+1] int32, the pairs of expert e stand at offsets[e]:offsets[e+1]; the last is how many have one.
+    """
+
+    order: Tensor
+    place: Tensor
+    offsets: Tensor
+
+    @property
+    def token(self) -> Tensor:
+        """[T*K] int32, the token whose pair stands at each place."""
+        return self.order // self.place.shape[1]
+
+
+def permutation(experts: Tensor, num_experts: int) -> Permutation:
+    """The definition of the sort of experts [T, K]; ids outside 0..E-1 are dropped pairs."""
+    ids = experts.long().flatten()
+    ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
+    by_expert = ids.sort(stable=True)
+    order = by_expert.indices
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    offsets = torch.searchsorted(by_expert.values, torch.arange(num_experts + 1, device=order.device))
+    return Permutation(order.int(), place.int().reshape(experts.shape), offsets.int())
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
@@ -185,10 +271,10 @@ class PackIndex:
     """Where position p of a packed batch comes from: the one map that every packed array is read through.
 
     Attributes:
-        segment: [T] int64, the sample.
-        position: [T] int64, the input token's place in its sample.
-        token: [T] int64, that token in the samples' concatenated tokens; its target stands at `token + 1`.
-        row: [T] int64, its row in the samples' concatenated rows (a sample has one row fewer than tokens).
+        segment: [T] int64, the sample; -1 behind the last one.
+        position: [T] int64, the input token's place in its sample; goes on in a sample's padding.
+        token: [T] int64, that token in the samples' concatenated tokens, its target stands at `token + 1`; -1: padding.
+        row: [T] int64, its row in the samples' concatenated rows; -1 in padding and where the sample has none.
     """
 
     segment: Tensor
@@ -197,35 +283,143 @@ class PackIndex:
     row: Tensor
 
 
-def pack_index(lengths: Tensor, kept: Tensor) -> PackIndex:
-    """The map for samples of `lengths` [S] tokens of which the first `kept` [S] >= 1 stay; kept - 1 positions each."""
-    counts = kept - 1
-    first = counts.cumsum(0) - counts
-    segment = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    position = torch.arange(len(segment), device=counts.device) - first[segment]
-    token = (lengths.cumsum(0) - lengths)[segment] + position
-    row = ((lengths - 1).cumsum(0) - (lengths - 1))[segment] + position
-    return PackIndex(segment, position, token, row)
+def pack_index(table: Tensor, total: int, cp_size: int, cp_rank: int) -> PackIndex:
+    """The map of a rank's `total` positions T, for samples as `table` [4, S+1] int64 has them.
 
-
-def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
-    """[S] sums of `values` [T] by segment; segments stand one after another, -1 (padding) at the end.
-
-    Added in order of position: no atomics on floats, so the result repeats on any device.
+    Rows of the table, by sample: where it starts among this rank's positions, its first token and its first row (-1: it
+    has none) among the concatenated ones, and how many positions it has on all ranks, without padding. The last column
+    is what stands behind the samples: padding that starts where they end.
     """
-    if values.numel() == 0:
-        return values.new_zeros(num_segments) + values.sum()  # the sum keeps the gradient's path
+    start, first_token, first_row, positions = table
+    here = torch.arange(total, device=table.device)
+    sample = torch.searchsorted(start, here, right=True) - 1
+    end = torch.cat([start[1:], start.new_tensor([total])])
+    inside, chunk = here - start[sample], (end - start)[sample] // 2
+    # Zigzag: the first half of a rank's part is chunk cp_rank of the sample, the second the one as far from the end.
+    last = (2 * cp_size - 1 - cp_rank) * chunk + inside - chunk
+    position = torch.where(inside < chunk, cp_rank * chunk + inside, last)
+    behind = sample == table.shape[1] - 1
+    position = torch.where(behind, inside, position)
+    real = position < positions[sample]
+    return PackIndex(
+        segment=torch.where(behind, -1, sample),
+        position=position,
+        token=torch.where(real, first_token[sample] + position, -1),
+        row=torch.where(real & (first_row[sample] >= 0), first_row[sample] + position, -1),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What packing writes, by position [T]: names and dtypes as in `pack.PackedBatch`; rows [L, T', K], state [T'].
+
+    T' positions from `first` on are those that this rank routes; rows and state are empty without experts.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    logprobs: Tensor
+    advantages: Tensor
+    positions: Tensor
+    segment_ids: Tensor
+    rows: Tensor
+    state: Tensor
+
+
+def pack(
+    index: PackIndex,
+    tokens: Tensor,
+    loss_mask: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    experts: Tensor | None,
+    provenance: Tensor | None,
+    fresh: Tensor | None,
+    *,
+    layers: Tensor,
+    routed: slice,
+    num_experts: int,
+    codes: int,
+) -> Packed:
+    """The definition of packing: every array is read through the one map.
+
+    Args:
+        index: the map [T].
+        tokens: [N] int32, of all samples end to end, as are the next three.
+        loss_mask: [N] bool.
+        logprobs: [N] float32.
+        advantages: [N] float32.
+        experts: [R, L, K] uint8 or uint16, of the samples that have rows, as are the next two.
+        provenance: [R] uint8.
+        fresh: [R] bool, the row is of the weights whose logprob it serves; None: all are.
+        layers: [L'] int64, places on the L axis to take.
+        routed: the T' positions whose routes are written.
+        num_experts: E, over which the experts of rows that come from nowhere are spread.
+        codes: bit c is set if rows of provenance c are replayed.
+    """
+    real = index.token >= 0
+    source, target = index.token.clamp(min=0), index.token.clamp(min=-1) + 1
+    mask = real & _taken(loss_mask, target, False)
+    rows, state = tokens.new_empty((0, 0, 0), dtype=torch.uint8), tokens.new_empty(0, dtype=torch.uint8)
+    if experts is not None and provenance is not None:
+        row, padding = index.row[routed], ~real[routed]
+        ids = experts.view(torch.int16) if experts.dtype == torch.uint16 else experts  # few ops take uint16
+        spread = pad_experts(len(row), experts.shape[2], num_experts, row.device).to(ids.dtype)
+        rows = _taken(ids, row.clamp(min=0), 0).permute(1, 0, 2)[layers]
+        rows = torch.where((row >= 0)[None, :, None], rows, spread[None]).contiguous().view(experts.dtype)
+        known = (codes >> _taken(provenance, row.clamp(min=0), 0).int()) & 1 > 0
+        if fresh is not None:
+            known = known & _taken(fresh, row.clamp(min=0), False)
+        state = torch.where(known & (row >= 0), REPLAY, FREE).masked_fill(padding, PAD).to(torch.uint8)
+    return Packed(
+        tokens=torch.where(real, _taken(tokens, source, 0), 0),
+        targets=torch.where(real, _taken(tokens, target, 0), 0).long(),
+        loss_mask=mask,
+        logprobs=torch.where(mask, _taken(logprobs, target, 0.0), 0.0),
+        advantages=torch.where(mask, _taken(advantages, target, 0.0), 0.0),
+        positions=index.position,
+        segment_ids=index.segment.int(),
+        rows=rows,
+        state=state,
+    )
+
+
+def _taken(values: Tensor, at: Tensor, nothing: float | bool) -> Tensor:
+    """values [N, any] at places [T]; `nothing` if there are no values, when every place is padding's."""
+    if len(values):
+        return values[at]
+    return values.new_full((len(at), *values.shape[1:]), nothing)
+
+
+# --- sums by segment -------------------------------------------------------------------------------------------------
+
+
+def segment_sum(
+    values: Tensor, segment_ids: Tensor, num_segments: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums [S] of `values` [T] by segment and counts [S] int64 of what was added, where `mask` [T] is set.
+
+    Segments stand one after another, -1 (no segment) at the end. Added in order of position: no atomics on floats, so
+    the result repeats on any device.
+    """
+    counted = segment_ids >= 0 if mask is None else mask & (segment_ids >= 0)
     ids = torch.where(segment_ids < 0, num_segments, segment_ids).long()
     lengths = torch.zeros(num_segments + 1, dtype=torch.int64, device=values.device)
-    lengths.index_add_(0, ids, torch.ones_like(ids))
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)[:num_segments]
+    counts = lengths.index_add(0, ids, counted.long())[:num_segments]
+    if values.numel() == 0:
+        return wide(values).new_zeros(num_segments), counts
+    lengths = lengths.index_add(0, ids, torch.ones_like(ids))
+    clean = torch.where(counted, wide(values), 0.0)
+    return torch.segment_reduce(clean, "sum", lengths=lengths, unsafe=True, initial=0)[:num_segments], counts
 
 
-def segment_mean(values: Tensor, mask: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
-    """[S] means of `values` [T] over the positions of each segment where `mask` [T] is set; 0 where it never is."""
-    total = segment_sum(torch.where(mask, values, 0.0), segment_ids, num_segments)
-    count = segment_sum(mask.to(values.dtype), segment_ids, num_segments)
-    return total / count.clamp(min=1)
+def segment_spread(grad: Tensor, segment_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[T] the number of `grad` [S] that belongs to each position's segment; 0 where there is none or no mask is set."""
+    if not grad.numel():
+        return grad.new_zeros(segment_ids.shape)
+    taken = segment_ids >= 0 if mask is None else mask & (segment_ids >= 0)
+    return torch.where(taken, grad[segment_ids.clamp(min=0).long()], 0.0)
 
 
 # --- logprob ---------------------------------------------------------------------------------------------------------

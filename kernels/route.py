@@ -24,26 +24,47 @@ __all__ = ["FREE", "PAD", "REPLAY", "RouteStats", "RouterSpec", "replay_topk"]
 
 @dataclass(frozen=True, slots=True)
 class RouteStats:
-    """Counters on the device: `counters` [7] int64 in the order of reference.COUNTERS, added to in place, no waiting.
+    """What routing counted, on the device, added to in place, no waiting. Made by `zeros`.
 
     Each row counts once, in one of replayed, free, duplicate, out_of_range, pad. `flipped`: replayed rows whose
     recorded set is not the native one. `overlap`: sum over replayed rows of the experts that both sets hold.
+    `missing`: the free rows that were to be replayed and have a negative id.
+
+    Attributes:
+        counters: [8] int64 in the order of reference.COUNTERS.
+        margin: [1] float64, by how much the native choice beats the recorded one, summed over flipped rows:
+            reference.route_margin. In units of logits where they select, else of scores plus bias.
+        load: [E] int64, tokens per expert: (token, slot) pairs without those of padding; None is not counted.
     """
 
     counters: Tensor
+    margin: Tensor
+    load: Tensor | None = None
 
     @classmethod
-    def zeros(cls, device: torch.device | str = "cpu") -> RouteStats:
-        """Counters [7] at zero."""
-        return cls(torch.zeros(len(COUNTERS), dtype=torch.int64, device=device))
+    def zeros(cls, device: torch.device | str = "cpu", num_experts: int | None = None) -> RouteStats:
+        """Counters [8], the margin [1], and the load [E] if `num_experts` is given, at zero."""
+        counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        # Not 0-d: torch.compile takes a 0-d float64 on the CPU for a number, and what is added to it is lost.
+        margin = torch.zeros(1, dtype=torch.float64, device=device)
+        load = None if num_experts is None else torch.zeros(num_experts, dtype=torch.int64, device=device)
+        return cls(counters, margin, load)
 
     def reset(self) -> None:
-        """Set the counters to zero."""
+        """Set everything to zero."""
         self.counters.zero_()
+        self.margin.zero_()
+        if self.load is not None:
+            self.load.zero_()
 
     def counts(self) -> dict[str, int]:
-        """The counters by name; the only call that waits for the device."""
+        """The counters by name; waits for the device."""
         return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
+
+    def mean_margin(self) -> float:
+        """The margin of a flipped row, NaN if there is none; waits for the device."""
+        flipped = self.counts()["flipped"]
+        return self.margin.item() / flipped if flipped else float("nan")
 
 
 def replay_topk(
@@ -65,7 +86,7 @@ def replay_topk(
         spec: the router's arithmetic.
         state: [T] uint8 of FREE, REPLAY, PAD; None replays every row.
         bias: [E] floating, float64 only with such logits; for selection only.
-        stats: counters to add to.
+        stats: counts to add to.
 
     Returns:
         weights [T, K] in the spec's weight dtype, experts [T, K] int64. Gradients flow from the weights to the logits.
@@ -74,11 +95,17 @@ def replay_topk(
         ValueError: a shape, dtype or device that does not fit.
     """
     _check(logits, rows, spec, state, bias)
-    if stats is not None:
-        check.tensor(stats.counters, "stats.counters", (len(COUNTERS),), (torch.int64,), logits.device)
-    weights, experts, counts = _forward(logits, rows, state, bias, stats is not None, *_fields(spec))
-    if stats is not None:
-        stats.counters.add_(counts)
+    fields = _fields(spec)
+    if stats is None:
+        weights, experts, *_ = _forward(logits, rows, state, bias, False, False, *fields)
+        return weights, experts
+    _check_stats(stats, logits)
+    loads = stats.load is not None
+    weights, experts, counts, margin, load = _forward(logits, rows, state, bias, True, loads, *fields)
+    stats.counters.add_(counts)
+    stats.margin.add_(margin.detach())  # being a float, it would take the graph along
+    if stats.load is not None:
+        stats.load.add_(load)
     return weights, experts
 
 
@@ -102,6 +129,13 @@ def _check(logits: Tensor, rows: Tensor, spec: RouterSpec, state: Tensor | None,
         # A float64 bias would make the selection of float32 scores a float64 one, which no router does.
         floats = [kind for kind in check.FLOATS if kind != torch.float64 or logits.dtype == torch.float64]
         check.tensor(bias, "bias", (experts,), floats, logits.device)
+
+
+def _check_stats(stats: RouteStats, logits: Tensor) -> None:
+    check.tensor(stats.counters, "stats.counters", (len(COUNTERS),), (torch.int64,), logits.device)
+    check.tensor(stats.margin, "stats.margin", (1,), (torch.float64,), logits.device)
+    if stats.load is not None:
+        check.tensor(stats.load, "stats.load", (logits.shape[1],), (torch.int64,), logits.device)
 
 
 _SPEC = (
@@ -145,33 +179,44 @@ def _op(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     return torch.library.custom_op(f"pacenote::{name}", mutates_args=(), schema=schema)
 
 
-# An op that changes an argument cannot have a gradient formula, so counts [7] are a result and the caller adds them.
+# An op that changes an argument cannot have a gradient formula, so what it counts is a result and the caller adds it.
 @_op(
     "replay_topk",
-    f"(Tensor logits, Tensor rows, Tensor? state, Tensor? bias, bool count, {_SPEC}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor logits, Tensor rows, Tensor? state, Tensor? bias, bool count, bool load, {_SPEC}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
-    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, *fields: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """weights [T, K], experts [T, K] int64, counts [7] int64, or [0] if not asked for."""
+    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, load: bool, *fields: Any
+) -> tuple[Tensor, ...]:
+    """weights [T, K], experts [T, K] int64, counts [8] int64, margin [1] float64, load [E] int64.
+
+    Counts and margin are [0] without `count`; so is the load, which also needs `load`.
+    """
     spec = _spec(fields)
     if launch.takes_triton(logits):
         from pacenote.kernels import route_triton
 
-        return route_triton.forward(logits, rows, state, bias, spec, count=count)
+        return route_triton.forward(logits, rows, state, bias, spec, count=count, load=load)
     out = reference.replay_topk(logits, rows, spec, state=state, bias=bias)
-    counts = reference.route_counts(out, rows) if count else rows.new_empty(0, dtype=torch.int64)
-    return out.weights, out.experts, counts
+    return (
+        out.weights,
+        out.experts,
+        reference.route_counts(out, rows) if count else logits.new_empty(0, dtype=torch.int64),
+        reference.route_margin(out, logits, rows, spec, bias)[None] if count else logits.new_empty(0).double(),
+        reference.route_load(out, logits.shape[1]) if count and load else logits.new_empty(0, dtype=torch.int64),
+    )
 
 
 @_forward.register_fake  # type: ignore[untyped-decorator]
 def _(
-    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, *fields: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, count: bool, load: bool, *fields: Any
+) -> tuple[Tensor, ...]:
     return (
         logits.new_empty(rows.shape, dtype=reference.weight_dtype(logits.dtype, _spec(fields))),
         logits.new_empty(rows.shape, dtype=torch.int64),
         logits.new_empty(len(COUNTERS) if count else 0, dtype=torch.int64),
+        logits.new_empty(1 if count else 0, dtype=torch.float64),
+        logits.new_empty(logits.shape[1] if count and load else 0, dtype=torch.int64),
     )
 
 
@@ -190,7 +235,7 @@ def _(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, *fiel
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, state, _, _, *fields = inputs
+    logits, _, state, _, _, _, *fields = inputs
     ctx.save_for_backward(logits, output[1], state)
     ctx.fields = tuple(fields)
 
@@ -201,7 +246,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | 
         dlogits = _backward(logits, experts, state, grad, *ctx.fields)
     else:
         dlogits = reference.replay_topk_backward(logits, experts, _spec(ctx.fields), grad, state=state)
-    return dlogits, *(None,) * (4 + len(ctx.fields))
+    return dlogits, *(None,) * (5 + len(ctx.fields))
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)

@@ -21,7 +21,6 @@ from torch import Tensor
 from pacenote.kernels import launch, reference
 from pacenote.kernels.route_order import (
     HIGHEST,
-    LOWEST,
     SPAN,
     close_groups,
     exp,
@@ -31,6 +30,7 @@ from pacenote.kernels.route_order import (
     order_of,
     partition,
     rounded,
+    score_of,
     scores,
     softmax_topk,
 )  # fmt: skip
@@ -39,8 +39,7 @@ from pacenote.kernels.spec import FREE, PAD, RouterSpec
 _REPLAYED, _FREED = tl.constexpr(reference.REPLAYED), tl.constexpr(reference.FREED)
 _DUPLICATE, _OUT_OF_RANGE = tl.constexpr(reference.DUPLICATE), tl.constexpr(reference.OUT_OF_RANGE)
 _PADDED, _FATES = tl.constexpr(reference.PADDED), tl.constexpr(5)
-_FLIPPED, _OVERLAP = tl.constexpr(5), tl.constexpr(6)
-_COUNTERS = tl.constexpr(len(reference.COUNTERS))
+_FLIPPED, _OVERLAP, _MISSING = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 _FREE, _PAD = tl.constexpr(FREE), tl.constexpr(PAD)
 
 
@@ -49,7 +48,10 @@ _FREE, _PAD = tl.constexpr(FREE), tl.constexpr(PAD)
 
 @triton.jit
 def _recorded(rows, state, t, stride, here, k, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """Recorded ids int32 [BT, BK] and the fate int32 [BT] of rows, as `reference.row_fate`; padding beyond the end."""
+    """Recorded ids int32 [BT, BK], the fate int32 [BT] of rows as `reference.row_fate`, whether they are missing [BT].
+
+    Rows beyond the end are padding.
+    """
     column = (k < K)[None, :]
     wide = tl.load(rows + t[:, None] * stride + k[None, :], mask=here[:, None] & column, other=0).to(tl.int64)
     missing = tl.max((column & (wide < 0)).to(tl.int32), axis=1)
@@ -61,23 +63,23 @@ def _recorded(rows, state, t, stride, here, k, E: tl.constexpr, K: tl.constexpr,
     fate = tl.where(repeats > 0, _DUPLICATE, _REPLAYED)
     fate = tl.where(outside > 0, _OUT_OF_RANGE, fate)
     fate = tl.where(missing > 0, _FREED, fate)
+    missing = missing > 0
     if state is not None:
         asked = tl.load(state + t, mask=here, other=_PAD).to(tl.int32)
         fate = tl.where(asked == _FREE, _FREED, fate)
         fate = tl.where(asked == _PAD, _PADDED, fate)
-    return ids, tl.where(here, fate, _PADDED)
+        missing = missing & (asked != _FREE) & (asked != _PAD)
+    return ids, tl.where(here, fate, _PADDED), missing
 
 
 @triton.jit
-def _overlap(order, ids, e, k, K: tl.constexpr, BT: tl.constexpr):
-    """How many of the ids [BT, BK] are among the K best of an order [BT, BE], by rank: fewer than K are better."""
-    overlap = tl.zeros([BT], tl.int32)
+def _among(ids, e, k, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+    """Which experts e [BE] are in each row of ids [BT, BK], int1 [BT, BE]."""
+    among = tl.zeros([BT, BE], tl.int1)
     for n in range(K):
         expert = tl.sum(tl.where((k == n)[None, :], ids, 0), axis=1)
-        mine = tl.max(tl.where(e[None, :] == expert[:, None], order, LOWEST), axis=1)
-        better = tl.sum((order > mine[:, None]).to(tl.int32), axis=1)
-        overlap += (better < K).to(tl.int32)
-    return overlap
+        among = among | (e[None, :] == expert[:, None])
+    return among
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -91,7 +93,9 @@ def _forward_kernel(
     bias,  # [E] or None
     weights,  # [T, K]
     experts,  # [T, K]
-    partial,  # [7, programs] int32 or None
+    partial,  # [programs, 8] int32 or None
+    margins,  # [programs, 1] float32, where there is `partial`
+    loads,  # [programs, E] uint8 or None
     T,
     logits_stride,
     rows_stride,
@@ -117,7 +121,7 @@ def _forward_kernel(
     column = (k < K)[None, :]
     spread = ((t % E)[:, None] * K + k[None, :]) % E
     t = t.to(tl.int64)
-    ids, fate = _recorded(rows, state, t, rows_stride, here, k, E, K, BT)
+    ids, fate, missing = _recorded(rows, state, t, rows_stride, here, k, E, K, BT)
     live = fate != _PADDED
     own = live & (fate != _REPLAYED)
     chosen = tl.where(live[:, None], ids, spread)
@@ -128,6 +132,8 @@ def _forward_kernel(
         top, total = partition(load_row(logits, t, logits_stride, live, e, E))
 
     overlap = tl.zeros([BT], tl.int32)
+    margin = tl.zeros([BT], tl.float32)
+    load = tl.zeros([BE], tl.int32)
     ordered = live if partial is not None else own
     if tl.max(ordered.to(tl.int32), axis=0) > 0:
         x = load_row(logits, t, logits_stride, live, e, E)  # after a softmax the row is still in the cache
@@ -136,16 +142,22 @@ def _forward_kernel(
         if bias is not None:
             x += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
         order = order_of(x, e[None, :], E)
+        any_group = order
         if G > 1:
             order = close_groups(order, e, E, G, OPEN, DEPTH, BT, BE, BG)
+        best = tl.full([BT], HIGHEST, tl.int64)
+        for n in range(K):
+            best = next_best(order, best, 1)
+            expert = SPAN - 1 - (best & (SPAN - 1)).to(tl.int32)
+            chosen = tl.where(own[:, None] & (k == n)[None, :], expert[:, None], chosen)
         if partial is not None:
-            overlap = _overlap(order, ids, e, k, K, BT)
-        if tl.max(own.to(tl.int32), axis=0) > 0:
-            best = tl.full([BT], HIGHEST, tl.int64)
-            for n in range(K):
-                best = next_best(order, best, 1)
-                expert = SPAN - 1 - (best & (SPAN - 1)).to(tl.int32)
-                chosen = tl.where(own[:, None] & (k == n)[None, :], expert[:, None], chosen)
+            native = order >= best[:, None]
+            recorded = _among(ids, e, k, K, BT, BE)
+            overlap = tl.sum((native & recorded).to(tl.int32), axis=1)
+            worst = tl.min(tl.where(recorded, any_group, HIGHEST), axis=1)
+            margin = score_of(best) - score_of(worst)
+            sent = live[:, None] & tl.where(own[:, None], native, recorded)
+            load = tl.sum(sent.to(tl.int32), axis=0)
 
     w = tl.load(logits + t[:, None] * logits_stride + chosen, mask=live[:, None] & column, other=0.0).to(tl.float32)
     w = scores(w, top, total, logits, SCORE, LOW)
@@ -163,10 +175,17 @@ def _forward_kernel(
         replayed = here & (fate == _REPLAYED)
         c = tl.arange(0, 8)[None, :]
         count = (here[:, None] & (c < _FATES) & (fate[:, None] == c)).to(tl.int32)
-        count = tl.where((c == _FLIPPED) & replayed[:, None], (overlap < K).to(tl.int32)[:, None], count)
+        flipped = replayed & (overlap < K)
+        count = tl.where(c == _FLIPPED, flipped.to(tl.int32)[:, None], count)
         count = tl.where((c == _OVERLAP) & replayed[:, None], overlap[:, None], count)
-        into = partial + tl.arange(0, 8) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(into, tl.sum(count, axis=0), mask=tl.arange(0, 8) < _COUNTERS)
+        count = tl.where(c == _MISSING, missing.to(tl.int32)[:, None], count)
+        tl.store(partial + tl.program_id(0) * 8 + tl.arange(0, 8), tl.sum(count, axis=0))
+        margin = tl.where(flipped & (margin > 0) & (margin < float("inf")), margin, 0.0)  # a NaN is neither
+        tl.store(margins + tl.program_id(0), tl.sum(margin, axis=0))
+    if loads is not None:
+        # A histogram a program, added up afterwards: both masks are there already, a row sends an expert at most one
+        # pair, so a byte holds it, and nobody waits for another's atomics on the few addresses of E counters.
+        tl.store(loads + tl.program_id(0).to(tl.int64) * E + e, load.to(tl.uint8), mask=e < E)
 
 
 @triton.jit
@@ -239,9 +258,16 @@ def _backward_kernel(
 
 
 def forward(
-    logits: Tensor, rows: Tensor, state: Tensor | None, bias: Tensor | None, spec: RouterSpec, *, count: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch, and one more to add up the counts of its programs if they are asked for.
+    logits: Tensor,
+    rows: Tensor,
+    state: Tensor | None,
+    bias: Tensor | None,
+    spec: RouterSpec,
+    *,
+    count: bool,
+    load: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One launch, and small ones that add up what its programs counted, if that is asked for.
 
     Floor, with d bytes a logit, b an id and w a weight: T (L + K b + K w + 8 K) bytes; L is min(32 K, E d), sectors of
     32 bytes, where only chosen logits are read, else E d: see the head of this file.
@@ -252,49 +278,60 @@ def forward(
         state: [T] uint8 or None.
         bias: [E] or None.
         spec: the router's arithmetic.
-        count: whether to count.
+        count: whether to count, and to measure the margin.
+        load: whether to count tokens per expert as well.
 
     Returns:
-        weights [T, K] in the spec's weight dtype, experts [T, K] int64, counts [7] int64, or [0] if not asked for.
+        weights [T, K] in the spec's weight dtype, experts [T, K] int64, counts [8] int64, margin [1] float64, load [E]
+        int64; the last three [0] if not asked for.
     """
     (tokens, experts), k = logits.shape, rows.shape[1]
     weights = logits.new_empty((tokens, k), dtype=reference.weight_dtype(logits.dtype, spec))
     chosen = logits.new_empty((tokens, k), dtype=torch.int64)
-    if not tokens:
-        return weights, chosen, logits.new_zeros(len(reference.COUNTERS) if count else 0, dtype=torch.int64)
     bk, bg = launch.next_power_of_2(k), launch.next_power_of_2(spec.groups)
     be = bg * launch.next_power_of_2(experts // spec.groups)
     blocks = launch.row_blocks(max(be, bk * bk))
     programs = -(-tokens // blocks.rows)
-    partial = logits.new_empty((len(reference.COUNTERS), programs), dtype=torch.int32) if count else None
+    partial = logits.new_empty((programs, len(reference.COUNTERS)), dtype=torch.int32) if count else None
+    margins = logits.new_empty((programs, 1), dtype=torch.float32) if count else None
+    loads = logits.new_empty((programs, experts), dtype=torch.uint8) if count and load else None
     logits, rows = _unit_columns(logits), _unit_columns(rows)
-    with launch.on_device_of(logits):
-        _forward_kernel[(programs,)](
-            logits,
-            rows,
-            None if state is None else state.contiguous(),
-            None if bias is None else bias.contiguous(),
-            weights,
-            chosen,
-            partial,
-            tokens,
-            logits.stride(0),
-            rows.stride(0),
-            E=experts,
-            K=k,
-            G=spec.groups,
-            OPEN=spec.topk_groups,
-            DEPTH=reference.group_depth(k, experts, spec),
-            LOW=spec.score_dtype == "logits",
-            BY_LOGITS=reference.selects_by_logits(spec, bias),
-            BT=blocks.rows,
-            BE=be,
-            BK=bk,
-            BG=bg,
-            num_warps=blocks.warps,
-            **_arithmetic(spec),
-        )
-    return weights, chosen, logits.new_empty(0, dtype=torch.int64) if partial is None else partial.sum(dim=1)
+    if tokens:
+        with launch.on_device_of(logits):
+            _forward_kernel[(programs,)](
+                logits,
+                rows,
+                None if state is None else state.contiguous(),
+                None if bias is None else bias.contiguous(),
+                weights,
+                chosen,
+                partial,
+                margins,
+                loads,
+                tokens,
+                logits.stride(0),
+                rows.stride(0),
+                E=experts,
+                K=k,
+                G=spec.groups,
+                OPEN=spec.topk_groups,
+                DEPTH=reference.group_depth(k, experts, spec),
+                LOW=spec.score_dtype == "logits",
+                BY_LOGITS=reference.selects_by_logits(spec, bias),
+                BT=blocks.rows,
+                BE=be,
+                BK=bk,
+                BG=bg,
+                num_warps=blocks.warps,
+                **_arithmetic(spec),
+            )
+    return (
+        weights,
+        chosen,
+        _total(partial, torch.int64, logits),
+        _total(margins, torch.float64, logits),
+        _total(loads, torch.int64, logits),
+    )
 
 
 def backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor, spec: RouterSpec) -> Tensor:
@@ -339,6 +376,11 @@ def backward(logits: Tensor, experts: Tensor, state: Tensor | None, grad: Tensor
             **_arithmetic(spec),
         )
     return dlogits
+
+
+def _total(partial: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """[any] sums over the programs of a `partial` [programs, any], in their order; [0] if there is none."""
+    return like.new_empty(0, dtype=dtype) if partial is None else partial.sum(dim=0, dtype=dtype)
 
 
 def _unit_columns(x: Tensor) -> Tensor:

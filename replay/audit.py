@@ -14,11 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """Counts of rows by layer, each array [L] int64, as `kernels.route.RouteStats` defines them.
+    """Counts of rows by layer, each array [L] int64, and margins, as `kernels.route.RouteStats` defines them.
 
     A row counts once a forward pass and layer in one of replayed, free, duplicate, out_of_range, pad; recomputation
     under gradient checkpointing is not counted again. `flipped` are replayed rows whose recorded set of experts is not
-    the set the trainer would have chosen; `overlap` sums the size of their intersection over replayed rows.
+    the set the trainer would have chosen; `overlap` sums the size of their intersection over replayed rows. `missing`
+    are the free rows that were to be replayed and had no experts.
+
+    `margin` [L] float64 is the mean, over flipped rows, of how far the trainer's choice is from the recorded one, in
+    units of what selects: logits, or scores plus bias. NaN where no row is flipped.
     """
 
     layers: tuple[int, ...]
@@ -29,6 +33,8 @@ class Audit:
     pad: NDArray[np.int64]
     flipped: NDArray[np.int64]
     overlap: NDArray[np.int64]
+    missing: NDArray[np.int64]
+    margin: NDArray[np.float64]
 
     def __getitem__(self, name: str) -> NDArray[np.int64]:
         """The counter [L] of that name.
@@ -49,18 +55,24 @@ class Audit:
         """
         return int(self[name].sum())
 
+    def mean_margin(self) -> float:
+        """The mean margin of the flipped rows of all layers; NaN if there is none."""
+        flipped = self.flipped > 0
+        return float(np.average(self.margin[flipped], weights=self.flipped[flipped])) if flipped.any() else np.nan
+
     def table(self) -> str:
-        """A text table: a line a layer and a line of sums."""
-        lines = [("layer", *COUNTERS)]
-        lines += [(str(layer), *(str(self[name][i]) for name in COUNTERS)) for i, layer in enumerate(self.layers)]
-        lines.append(("sum", *(str(self.total(name)) for name in COUNTERS)))
+        """A text table: a line a layer, and a line of sums and of the mean margin."""
+        lines = [("layer", *COUNTERS, "margin")]
+        for i, layer in enumerate(self.layers):
+            lines.append((str(layer), *(str(self[name][i]) for name in COUNTERS), f"{self.margin[i]:.3g}"))
+        lines.append(("sum", *(str(self.total(name)) for name in COUNTERS), f"{self.mean_margin():.3g}"))
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
         )
 
 
-COUNTERS = tuple(field.name for field in fields(Audit) if field.name != "layers")
+COUNTERS = tuple(field.name for field in fields(Audit) if field.name not in ("layers", "margin"))
 """Names of the counters, in the order of the table."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pacenote.kernels.route import RouteStats, replay_topk
@@ -95,6 +96,7 @@ class Replay:
         self._stats: list[RouteStats | None] = [None] * len(routers)
         self._stats_devices: list[torch.device | None] = [None] * len(routers)
         self._counted = np.zeros((len(COUNTERS), len(routers)), dtype=np.int64)
+        self._margins = np.zeros(len(routers), dtype=np.float64)
         self._handles = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             base.register_forward_hook(self._end),
@@ -159,13 +161,15 @@ class Replay:
 
     def audit(self, reset: bool = False) -> Audit:
         """Counts by layer since attach or the last reset. The only call that waits for the device."""
-        counted = self._counted + self._pending()
+        counted, margins = self._sums()
         if reset:
-            self._counted = np.zeros_like(self._counted)
+            self._counted, self._margins = np.zeros_like(counted), np.zeros_like(margins)
             for stats in self._stats:
                 if stats is not None:
                     stats.reset()
-        return Audit(layers=self.layers, **dict(zip(COUNTERS, counted, strict=True)))
+        counts = dict(zip(COUNTERS, counted, strict=True))
+        margin = np.where(counts["flipped"] > 0, margins / np.maximum(counts["flipped"], 1), np.nan)
+        return Audit(layers=self.layers, **counts, margin=margin)
 
     def detach(self) -> None:
         """Remove every hook. A second call does nothing.
@@ -188,18 +192,19 @@ class Replay:
         devices: list[torch.device | None] = [router.device for router in self._routers]
         if devices == self._stats_devices:
             return
-        self._counted = self._counted + self._pending()
+        self._counted, self._margins = self._sums()
         self._stats = [RouteStats.zeros(router.device) for router in self._routers]
         self._stats_devices = devices
 
-    def _pending(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[counters, L] int64 that are still on devices."""
-        pending = np.zeros_like(self._counted)
+    def _sums(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Counts [counters, L] and summed margins [L]: the host's, and what is still on devices."""
+        counted, margins = self._counted.copy(), self._margins.copy()
         for index, stats in enumerate(self._stats):
             if stats is not None:
                 counts = stats.counts()
-                pending[:, index] = [counts[name] for name in COUNTERS]
-        return pending
+                counted[:, index] += [counts[name] for name in COUNTERS]
+                margins[index] += stats.margin.item()
+        return counted, margins
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the base model: the input's shape must be that of the rows."""

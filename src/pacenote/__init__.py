@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pacenote.kernels.logprob import linear_logprob, logprob_from_logits
     from pacenote.kernels.pack import PackedBatch, Routes, pack
+    from pacenote.kernels.permute import Permutation, permutation
     from pacenote.kernels.policy import PolicyConfig, policy_loss
     from pacenote.kernels.route import RouteStats, replay_topk
     from pacenote.kernels.spec import RouterSpec
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 else:
     _HOME = {
         "PackedBatch": "kernels.pack",
+        "Permutation": "kernels.permute",
         "PolicyConfig": "kernels.policy",
         "RouteStats": "kernels.route",
         "RouterSpec": "kernels.spec",
@@ -42,6 +44,7 @@ else:
         "linear_logprob": "kernels.logprob",
         "logprob_from_logits": "kernels.logprob",
         "pack": "kernels.pack",
+        "permutation": "kernels.permute",
         "policy_loss": "kernels.policy",
         "replay_topk": "kernels.route",
     }
@@ -59,6 +62,7 @@ else:
 
 __all__ = [
     "PackedBatch",
+    "Permutation",
     "PolicyConfig",
     "RouteStats",
     "RouterSpec",
@@ -72,6 +76,7 @@ __all__ = [
     "linear_logprob",
     "logprob_from_logits",
     "pack",
+    "permutation",
     "policy_loss",
     "replay_topk",
 ]

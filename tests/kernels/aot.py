@@ -1,13 +1,14 @@
 """Compile kernels ahead of time, without a GPU: the real launchers, on CPU tensors, under a driver that names a target.
 
 Nothing is launched; signatures, specialisations and options are those of a run. In a process of its own, because Triton
-decides once, when it is imported, whether it interprets:
+decides once, when it is imported, whether it interprets. From the repository's root, with src on PYTHONPATH:
 
-    python tests/kernels/aot.py sm_90 gfx942     # one JSON line a compiled kernel; without names: every target
+    python -m tests.kernels.aot sm_90 gfx942 --workload route    # one JSON line a compiled kernel; by default all of it
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,9 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,8 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from pacenote.kernels import route_triton
-from pacenote.kernels.spec import RouterSpec
+from tests.kernels.aot_workloads import WORKLOADS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,6 +43,7 @@ class Compiled:
 
     target: str
     arch: str
+    workload: str
     kernel: str
     variant: str
     registers: int
@@ -77,59 +77,6 @@ class NamedTarget:
         return torch.device("cpu")
 
 
-def variants() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Launches whose constants and types cover each dtype and each flag of each kernel, and T = 1."""
-    sigmoid = RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=1.8)
-    grouped = RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=2.5, groups=8, topk_groups=4)
-    uneven = RouterSpec(score="softmax", groups=3, topk_groups=2, group_score="topk_share")
-    loud = RouterSpec(score="softmax", groups=4, topk_groups=1, group_score="max", score_dtype="logits")
-    qwen = RouterSpec(score="softmax", renormalize=True, weight_dtype="logits")
-    low = RouterSpec(score="softmax", score_dtype="logits", weight_dtype="logits")
-    gpt = RouterSpec(score="softmax_topk", score_dtype="logits", weight_dtype="logits")
-    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-    u8, u16, i32, i64 = torch.uint8, torch.uint16, torch.int32, torch.int64
-    table: list[tuple[str, RouterSpec, torch.dtype, torch.dtype, int, int, bool, bool, bool]] = [
-        # name, spec, logits, rows, E, K, state, bias, count
-        ("glm", sigmoid, f32, u8, 64, 4, True, True, True),
-        ("glm-plain", sigmoid, f32, u8, 64, 4, False, False, False),
-        ("qwen", qwen, bf16, u8, 128, 8, True, False, True),
-        ("deepseek", grouped, f32, u8, 256, 8, True, True, True),
-        ("kimi", sigmoid, bf16, u16, 384, 8, True, True, False),
-        ("gpt-oss", gpt, bf16, i32, 128, 4, False, False, True),
-        ("gpt-oss-half", gpt, f16, i64, 32, 4, True, False, False),
-        ("low", low, bf16, i32, 60, 4, True, True, True),
-        ("uneven", uneven, f16, u16, 96, 10, True, False, True),
-        ("loud", loud, f16, i64, 512, 10, False, True, True),
-        ("largest", sigmoid, f32, u16, 1024, 32, True, True, True),
-        ("largest-softmax", qwen, f32, i64, 1024, 32, True, False, True),
-        ("top-1", low, f32, u8, 16, 1, False, False, True),
-    ]
-    for name, spec, logits, rows, experts, k, state, bias, count in table:
-        for tokens in (1, 33) if name in ("glm", "deepseek") else (33,):
-            call = partial(route, tokens, spec, logits, rows, experts, k, state, bias, count)
-            yield f"{name}-T{tokens}", call
-
-
-def route(
-    tokens: int,
-    spec: RouterSpec,
-    logits_dtype: torch.dtype,
-    rows_dtype: torch.dtype,
-    experts: int,
-    k: int,
-    with_state: bool,
-    with_bias: bool,
-    count: bool,
-) -> None:
-    """Launch both kernels; rows are one layer of three, so their stride is not their width."""
-    logits = torch.zeros(tokens, experts, dtype=logits_dtype)
-    rows = torch.zeros(tokens, 3, k, dtype=rows_dtype)[:, 1]
-    state = torch.ones(tokens, dtype=torch.uint8) if with_state else None
-    bias = torch.zeros(experts) if with_bias else None
-    weights, chosen, _ = route_triton.forward(logits, rows, state, bias, spec, count=count)
-    route_triton.backward(logits, chosen, state, weights, spec)
-
-
 def resources(kernel: Any) -> dict[str, int]:
     """Registers, stack, spills and float64 instructions, read from the binary or from AMD's metadata."""
     if "cubin" in kernel.asm:
@@ -151,8 +98,8 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def compiled(name: str) -> Iterator[Compiled]:
-    """Compile every variant for a target."""
+def compiled(name: str, workloads: Sequence[str]) -> Iterator[Compiled]:
+    """Compile every variant of the workloads for a target."""
     triton.runtime.driver.set_active(NamedTarget(name))
     launch, caught = JITFunction.run, []
 
@@ -160,7 +107,7 @@ def compiled(name: str) -> Iterator[Compiled]:
         caught.append(launch(self, *args, **{**kwargs, "warmup": True}))
 
     with mock.patch.object(JITFunction, "run", compile_only):
-        for variant, call in variants():
+        for workload, variant, call in ((w, variant, call) for w in workloads for variant, call in WORKLOADS[w]()):
             start = time.perf_counter()
             call()
             seconds = (time.perf_counter() - start) / len(caught)
@@ -168,6 +115,7 @@ def compiled(name: str) -> Iterator[Compiled]:
                 yield Compiled(
                     target=name,
                     arch=str(kernel.metadata.target.arch),
+                    workload=workload,
                     kernel=kernel.metadata.name,
                     variant=variant,
                     shared=kernel.metadata.shared,
@@ -177,9 +125,18 @@ def compiled(name: str) -> Iterator[Compiled]:
             caught.clear()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile what is named."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", help=f"some of {', '.join(TARGETS)}; by default all")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("aot: expected TRITON_INTERPRET unset: the interpreter compiles nothing")
-    for target in sys.argv[1:] or TARGETS:
-        for row in compiled(target):
+    for target in options.targets or TARGETS:
+        for row in compiled(target, options.workload):
             print(json.dumps(asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

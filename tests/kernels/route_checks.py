@@ -7,6 +7,7 @@ Each is about one trap; `test_mutants.py` shows which broken kernel each of them
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -59,8 +60,8 @@ def sizes(device: torch.device) -> None:
 
 @named
 def no_tokens(device: torch.device) -> None:
-    """T = 0 gives empty results, zero counts and an empty gradient."""
-    stats = RouteStats.zeros(device)
+    """T = 0 gives empty results, zero stats and an empty gradient."""
+    stats = RouteStats.zeros(device, 8)
     logits = torch.zeros(0, 8, device=device, requires_grad=True)
     weights, experts = replay_topk(logits, torch.zeros(0, 2, dtype=torch.uint8, device=device), SOFTMAX, stats=stats)
     weights.sum().backward()  # type: ignore[no-untyped-call]
@@ -68,6 +69,9 @@ def no_tokens(device: torch.device) -> None:
     assert logits.grad is not None
     assert logits.grad.shape == (0, 8)
     assert stats.counters.tolist() == [0] * len(COUNTERS)
+    assert stats.margin.item() == 0
+    assert stats.load is not None
+    assert stats.load.tolist() == [0] * 8
 
 
 @named
@@ -216,7 +220,7 @@ def recorded_order(device: torch.device) -> None:
     _, experts = replay_topk(logits.to(device), rows.to(device), SIGMOID, stats=stats)
     assert experts.tolist() == rows.tolist()
     assert stats.counts() == {
-        "replayed": 2, "free": 0, "duplicate": 0, "out_of_range": 0, "pad": 0, "flipped": 1, "overlap": 7,
+        "replayed": 2, "free": 0, "duplicate": 0, "out_of_range": 0, "pad": 0, "flipped": 1, "overlap": 7, "missing": 0,
     }  # fmt: skip
 
 
@@ -249,16 +253,106 @@ def padding(device: torch.device) -> None:
 
 @named
 def counts_add_up(device: torch.device) -> None:
-    """Counters are added to in place; asking for them changes no result; every row has one fate."""
+    """Stats are added to in place; asking for them changes no result; every row has one fate, every pair an expert."""
     inputs = of_family("deepseek-v3", tokens=70).on(device)
-    stats, given = RouteStats.zeros(device), {"state": inputs.state, "bias": inputs.bias}
+    stats, given = RouteStats.zeros(device, 256), {"state": inputs.state, "bias": inputs.bias}
     outs = [replay_topk(inputs.logits, inputs.rows, inputs.spec, stats=s, **given) for s in (None, stats, stats)]
     assert all(torch.equal(a, b) for out in outs[1:] for a, b in zip(out, outs[0], strict=True))
-    once = RouteStats.zeros(device)
-    replay_topk(inputs.logits, inputs.rows, inputs.spec, stats=once, **given)
+    once, fewer = RouteStats.zeros(device, 256), RouteStats.zeros(device)
+    for counted in (once, fewer):
+        replay_topk(inputs.logits, inputs.rows, inputs.spec, stats=counted, **given)
     assert stats.counters.tolist() == [2 * n for n in once.counters.tolist()]
     assert sum(once.counters.tolist()[:5]) == 70
     assert min(once.counters.tolist()) > 0
+    assert fewer.counters.tolist() == once.counters.tolist()
+    assert fewer.margin.item() == once.margin.item() == stats.margin.item() / 2 > 0
+    assert stats.load is not None
+    assert once.load is not None
+    assert torch.equal(stats.load, 2 * once.load)
+    assert int(once.load.sum()) == 8 * (70 - once.counts()["pad"])
+    stats.reset()
+    assert not any(stats.counts().values())
+    assert stats.margin.item() == 0
+    assert not stats.load.any()
+
+
+@named
+def missing_rows(device: torch.device) -> None:
+    """Missing: rows with a negative id that were to be replayed; not the free ones, not padding."""
+    rows = torch.tensor([[-1, -1], [0, -5], [-1, 9], [-1, -1], [-1, 2], [-1, -1], [1, 2]])
+    state = torch.tensor([REPLAY, REPLAY, REPLAY, FREE, FREE, PAD, FREE], dtype=torch.uint8)
+    logits = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    for given, free, missing in ((state, 6, 3), (None, 6, 6)):
+        stats = RouteStats.zeros(device)
+        on = Inputs(logits, rows, SIGMOID, given).on(device)
+        replay_topk(on.logits, on.rows, SIGMOID, state=on.state, stats=stats)
+        counts = stats.counts()
+        assert (counts["free"], counts["missing"]) == (free, missing)
+        check(Inputs(logits, rows, SIGMOID, given), device)
+
+
+def _margin(inputs: Inputs, device: torch.device) -> float:
+    """The margin of the rows, after they were compared with the definition."""
+    check(inputs, device)
+    given, stats = inputs.on(device), RouteStats.zeros(device)
+    replay_topk(given.logits, given.rows, given.spec, state=given.state, bias=given.bias, stats=stats)
+    return stats.margin.item()
+
+
+@named
+def margins(device: torch.device) -> None:
+    """The K-th best less the worst that is recorded, over flipped rows, in units of what selects."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 4.0, 8.0, 16.0]])
+    for ids, margin in (([5, 4], 0), ([4, 5], 0), ([5, 3], 4), ([3, 5], 4), ([0, 5], 8), ([3, 1], 7), ([5, 5], 0)):
+        assert _margin(Inputs(logits, torch.tensor([ids]), SOFTMAX), device) == margin, ids
+    bias = torch.tensor([0.0, 0.0, 0.25, 1.0, 0.5, 0.0])
+    flat = Inputs(torch.zeros(1, 6), torch.tensor([[4, 2]]), SIGMOID, bias=bias)
+    assert _margin(flat, device) == 0.25  # 1.5 and 1 are chosen, 0.75 is the worst that is recorded
+    for state in (FREE, PAD):
+        still = replace(flat, state=torch.full((1,), state, dtype=torch.uint8))
+        assert _margin(still, device) == 0
+    many = Inputs(logits.repeat(70, 1), torch.tensor([[5, 3], [0, 5]]).repeat(35, 1), SOFTMAX)
+    assert _margin(many, device) == 35 * 12
+    stats, on = RouteStats.zeros(device), many.on(device)
+    assert math.isnan(stats.mean_margin())
+    replay_topk(on.logits, on.rows, SOFTMAX, stats=stats)
+    assert stats.mean_margin() == 6
+
+
+@named
+def margins_of_odd_rows(device: torch.device) -> None:
+    """Ties are 0; so is what is not finite, and an expert of a closed group that beats the open ones."""
+    for values, ids, margin in (
+        ([1.0, 1.0, 1.0, 0.0], [2, 1], 0),
+        ([1.0, -0.0, 0.0, 0.0], [0, 3], 0),
+        ([2.0, 1.0, 0.5, -INF], [0, 3], 0),
+        ([INF, INF, 0.0, 1.0], [0, 3], 0),
+        ([NAN, NAN, 0.0, 1.0], [0, 3], 0),
+        ([NAN, 2.0, 1.5, -1.0], [0, 3], 3),
+        ([NAN, NAN, NAN, 1.0], [2, 1], 0),
+    ):
+        assert _margin(Inputs(torch.tensor([values]), torch.tensor([ids]), SOFTMAX), device) == margin, values
+    logits = torch.tensor([[9.0, -9.0, 3.0, 2.0, 1.0, 0.5, -INF, -INF]])
+    spec = RouterSpec(score="softmax_topk", groups=4, topk_groups=1)  # sums 0, 5, 1.5 and -inf: the second is open
+    for ids, margin in (([2, 3], 0), ([2, 0], 0), ([2, 4], 1), ([0, 1], 11), ([2, 7], 0)):
+        assert _margin(Inputs(logits, torch.tensor([ids]), spec), device) == margin, ids
+
+
+@named
+def loads(device: torch.device) -> None:
+    """Tokens per expert: replayed pairs and freely chosen ones, no padding, also of whole blocks of padding."""
+    logits = torch.arange(6.0).repeat(200, 1)
+    rows = torch.tensor([[0, 1], [2, 0], [-1, 0], [3, 3], [4, 9]], dtype=torch.int32).repeat(40, 1)
+    state = torch.full((200,), PAD, dtype=torch.uint8)
+    state[:5] = state[195:] = REPLAY
+    state[196] = FREE
+    stats = RouteStats.zeros(device, 6)
+    given = Inputs(logits, rows, SIGMOID, state).on(device)
+    replay_topk(given.logits, given.rows, SIGMOID, state=given.state, stats=stats)
+    assert stats.load is not None
+    assert stats.load.tolist() == [3, 2, 1, 0, 7, 7]
+    all_to_one = Inputs(torch.zeros(300, 1), torch.zeros(300, 1, dtype=torch.uint8), SOFTMAX)
+    check(all_to_one, device)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------

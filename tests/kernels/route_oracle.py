@@ -110,9 +110,10 @@ def of_family(name: str, **kwargs: object) -> Inputs:
 
 
 def check(inputs: Inputs, device: torch.device, *, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """Compare experts, weights, gradients and counts with the definition; gives weights [T, K] and experts [T, K].
+    """Compare experts, weights, gradients and stats with the definition; gives weights [T, K] and experts [T, K].
 
-    Where scores select, not logits, two experts within a few roundings of each other may change places, unless `exact`.
+    Where scores select, not logits, two experts or groups within a few roundings of each other may change places,
+    unless `exact`.
 
     Raises:
         AssertionError: they differ.
@@ -120,7 +121,7 @@ def check(inputs: Inputs, device: torch.device, *, exact: bool = False) -> tuple
     given = inputs.on(device)
     spec, k = given.spec, given.rows.shape[1]
     leaf = given.logits.detach().requires_grad_()
-    stats = RouteStats.zeros(device)
+    stats = RouteStats.zeros(device, given.logits.shape[1])
     weights, experts = replay_topk(leaf, given.rows, spec, state=given.state, bias=given.bias, stats=stats)
     definition = reference.replay_topk(given.logits, given.rows, spec, state=given.state, bias=given.bias)
 
@@ -146,28 +147,79 @@ def check(inputs: Inputs, device: torch.device, *, exact: bool = False) -> tuple
 
     free = torch.where(pad[:, 0], PAD, FREE).to(torch.uint8)
     _, native = replay_topk(given.logits, given.rows, spec, state=free, bias=given.bias)
-    counts = reference.route_counts(replace(definition, native=native), given.rows)
-    assert stats.counters.tolist() == counts.tolist(), f"counts {stats.counters.tolist()}, expected {counts.tolist()}"
+    compare_stats(given, replace(definition, experts=experts, native=native), stats, definition.native)
     assert k == experts.shape[1]
     return weights.detach(), experts
 
 
 def compare_choice(inputs: Inputs, mine: Tensor, theirs: Tensor, which: Tensor, exact: bool) -> None:
-    """Two choices [n, K] of the rows `which` [T]: the same, or of equal scores but for rounding."""
+    """Two choices [n, K] of the rows `which` [T]: the same, or right but for rounding where scores select.
+
+    Right: the experts of some groups that may be open, best first; each is as good as the best there at its place.
+    """
     ordered = mine.sort(dim=1).values
     assert (ordered[:, 1:] != ordered[:, :-1]).all(), "experts chosen twice"
-    spec, logits = inputs.spec, inputs.logits
+    spec, logits = inputs.spec, inputs.logits[which]
     if exact or reference.selects_by_logits(spec, inputs.bias):
         assert torch.equal(mine, theirs), "own choice"
         return
-    score = reference.scores(logits[which].double(), spec)
-    score = score if inputs.bias is None else score + inputs.bias.double()
-    a, b = score.gather(1, mine), score.gather(1, theirs)
-    arithmetic = logits.dtype if spec.score_dtype == "logits" else torch.float32
-    finite = score[score.isfinite()].abs()
-    step = 4 * torch.finfo(arithmetic).eps * float(finite.max() if finite.numel() else 0.0)
-    close = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= step)
-    assert close.all(), "own choice, beyond rounding"
+    select = reference.selection(logits.double(), spec, inputs.bias)
+    step = rounding(inputs, select)
+    select = select.nan_to_num(nan=2e300, posinf=1e300, neginf=-1e300)  # NaN is the largest
+    if spec.groups > 1:
+        select = within_groups(select, mine, spec, step)
+    best = select.sort(dim=1, descending=True).values[:, : mine.shape[1]]
+    assert ((select.gather(1, mine) - best).abs() <= step).all(), "own choice, beyond rounding"
+
+
+def rounding(inputs: Inputs, select: Tensor) -> float:
+    """How far two selections [n, any] may be that are equal but for rounding: four roundings of the largest."""
+    arithmetic = inputs.logits.dtype if inputs.spec.score_dtype == "logits" else torch.float32
+    finite = select[select.isfinite()].abs()
+    return 4 * torch.finfo(arithmetic).eps * float(finite.max() if finite.numel() else 0.0)
+
+
+def within_groups(select: Tensor, mine: Tensor, spec: RouterSpec, step: float) -> Tensor:
+    """The selection [n, E], -inf outside the groups that are open if `mine` [n, K] is right.
+
+    Open are the groups that are the best beyond rounding, and those that `mine` took of the ones that are not worse
+    beyond rounding; if places are left, the ones that would have tempted least. Groups taken in excess stay closed, so
+    that their experts are too bad.
+    """
+    size, opened = select.shape[1] // spec.groups, spec.topk_groups
+    rank = reference.group_scores(select, mine.shape[1], spec)
+    step *= reference.group_depth(mine.shape[1], select.shape[1], spec)
+    best = rank.sort(dim=1, descending=True).values
+    behind = best[:, opened : opened + 1] if opened < spec.groups else torch.full_like(best[:, :1], -INF)
+    surely, maybe = rank > behind + step, rank >= best[:, opened - 1 : opened] - step
+    used = torch.zeros_like(maybe).scatter(1, mine // size, True)
+    tempting = select.reshape(-1, spec.groups, size).amax(dim=2)
+    # Best first by class, then the least tempting of the last one.
+    order = torch.where(surely, 3, torch.where(maybe & used, 2, torch.where(maybe, 1, 0)))
+    least = tempting.sort(dim=1, stable=True).indices
+    first = least.gather(1, order.gather(1, least).sort(dim=1, descending=True, stable=True).indices)[:, :opened]
+    closed = torch.ones_like(maybe).scatter(1, first, False)
+    return select.masked_fill(closed.repeat_interleave(size, dim=1), -INF)
+
+
+def compare_stats(inputs: Inputs, out: reference.Routing, stats: RouteStats, native: Tensor) -> None:
+    """Counts and load exactly, the margin up to rounding; `native` [T, K] is the definition's own choice."""
+    counts = reference.route_counts(out, inputs.rows)
+    assert stats.counters.tolist() == counts.tolist(), f"counts {stats.counters.tolist()}, expected {counts.tolist()}"
+    assert stats.load is not None
+    assert stats.load.tolist() == reference.route_load(out, inputs.logits.shape[1]).tolist(), "load"
+    if inputs.spec.groups > 1 and not torch.equal(out.native, native):
+        return  # of groups that tie but for rounding, others may be open than in the definition of the margin
+    margin, expected = (
+        stats.margin.item(),
+        reference.route_margin(out, inputs.logits, inputs.rows, inputs.spec, inputs.bias).item(),
+    )
+    # Sums of up to 64 float32, none negative; where scores select, the terms are rounded as well.
+    allowed = 64 * torch.finfo(torch.float32).eps * expected
+    if not reference.selects_by_logits(inputs.spec, inputs.bias):
+        select = reference.selection(inputs.logits, inputs.spec, inputs.bias)
+        allowed += stats.counts()["flipped"] * rounding(inputs, select)
+    assert abs(margin - expected) <= allowed, f"margin {margin:.9g}, expected {expected:.9g} +- {allowed:.3g}"
 
 
 def compare_gradients(inputs: Inputs, mine: Tensor, experts: Tensor, grad: Tensor, weights: Tensor) -> None:

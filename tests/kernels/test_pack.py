@@ -1,129 +1,50 @@
-"""Packing against a loop over tokens, with data that carries its token's identity, so that a shift cannot hide."""
+"""Packing: every position of every layout holds its own token, and what pack refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from pacenote.kernels import reference
-from pacenote.kernels.pack import PackedBatch, pack
-from pacenote.kernels.spec import CACHED, DECODE, FREE, MISSING, PAD, PREFILL, RECOMPUTED, REPLAY
+from pacenote.kernels import launch, reference
+from pacenote.kernels import pack as pack_module
+from pacenote.kernels.pack import Layout, Ragged, pack, pack_ragged, stage_layers
+from pacenote.kernels.spec import CACHED, DECODE, FREE, MISSING, PREFILL, RECOMPUTED, REPLAY
+from tests.kernels.pack_checks import CHECKS
+from tests.kernels.pack_oracle import NAN, Case, check, make
 
-NAN = float("nan")
-CASES = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-
-
-@dataclass(frozen=True)
-class Sample:
-    tokens: NDArray[Any]
-    loss_mask: NDArray[Any]
-    logprobs: NDArray[Any]
-    experts: NDArray[Any] | None
-    provenance: NDArray[Any]
-    version: NDArray[Any]
-    num_experts: int | None = None
+pytestmark = pytest.mark.usefixtures("poisoned")
+CASES = settings(
+    max_examples=60 if launch.INTERPRETED else 150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 
 
-def token_id(sample: int, place: int) -> int:
-    return 1000 * (sample + 1) + place
-
-
-def logprob_of(token: int) -> float:
-    """Exact in float32."""
-    return -token / 1024
-
-
-def expert_of(token: int, layer: int, slot: int, experts: int) -> int:
-    return (7 * token + 3 * layer + slot) % experts
-
-
-def make(
-    number: int,
-    mask: Sequence[int],
-    *,
-    experts: int | None = 64,
-    layers: int = 2,
-    k: int = 2,
-    provenance: Sequence[int] | None = None,
-    version: Sequence[int] | None = None,
-    dtype: Any = None,
-    told: bool = True,
-) -> Sample:
-    """A sample of len(mask) tokens; everything about a token says which one it is."""
-    n, rows = len(mask), max(len(mask) - 1, 0)
-    tokens = [token_id(number, i) for i in range(n)]
-    ids = None
-    if experts is not None:
-        table = [[[expert_of(t, la, j, experts) for j in range(k)] for la in range(layers)] for t in tokens[:rows]]
-        kind = dtype or (np.uint8 if experts <= 256 else np.uint16)
-        ids = np.array(table, dtype=kind).reshape(rows, layers, k)
-    trained = [bool(m) and i > 0 for i, m in enumerate(mask)]
-    return Sample(
-        tokens=np.array(tokens, np.int32),
-        loss_mask=np.array(mask, np.uint8),
-        # what is not trained may be anything
-        logprobs=np.array([logprob_of(t) if on else NAN for t, on in zip(tokens, trained, strict=True)], np.float32),
-        experts=ids,
-        provenance=np.array([DECODE] * rows if provenance is None else provenance[:rows], np.uint8),
-        version=np.array([1] * n if version is None else version[:n], np.int32),
-        num_experts=experts if told else None,
-    )
-
-
-def naive_state(sample: Sample, n: int, row: int, codes: Sequence[int]) -> int:
-    """Replayed if its passes are known and its weights those of the logprob it serves: the next trained target's."""
-    if sample.experts is None or sample.provenance[row] not in codes:
-        return FREE
-    served = [j + 1 for j in range(n - 1) if sample.loss_mask[j + 1]]
-    ahead = [target for target in served if target >= row + 1] or served[-1:]
-    return REPLAY if sample.version[row] == sample.version[ahead[0]] else FREE
-
-
-def naive_pack(samples: Sequence[Sample], max_len: int | None, codes: Sequence[int]) -> list[dict[str, Any]]:
-    """One dict a position, of the samples with something to train on."""
-    positions: list[dict[str, Any]] = []
-    segment = 0
-    for number, sample in enumerate(samples):
-        n = len(sample.tokens) if max_len is None else min(len(sample.tokens), max_len)
-        if not any(sample.loss_mask[i] for i in range(1, n)):
-            continue
-        for i in range(n - 1):
-            trained = bool(sample.loss_mask[i + 1])
-            positions.append(
-                {
-                    "token": token_id(number, i),
-                    "target": token_id(number, i + 1),
-                    "trained": trained,
-                    "logprob": logprob_of(token_id(number, i + 1)) if trained else 0.0,
-                    "advantage": token_id(number, i + 1) + 0.5 if trained else 0.0,
-                    "position": i,
-                    "segment": segment,
-                    "number": number,
-                    "state": naive_state(sample, n, i, codes),
-                }
-            )
-        segment += 1
-    return positions
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name: str, device: torch.device) -> None:
+    CHECKS[name](device)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
+def cases(draw: st.DrawFn) -> Case:
     experts = draw(st.sampled_from((5, 64, 256, 257, 4000)))
-    layers, k = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    codes = draw(st.sampled_from([None, (), (DECODE,), (PREFILL, DECODE, CACHED, RECOMPUTED)]))
+    layers, k = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    codes = draw(st.sampled_from([(PREFILL, DECODE, CACHED), (), (DECODE,), (PREFILL, DECODE, CACHED, RECOMPUTED)]))
     dtype = draw(st.sampled_from((np.uint8, np.uint16))) if experts <= 256 else np.uint16
     told = draw(st.booleans())
+    cp, sp = draw(st.sampled_from((1, 1, 2, 3, 4))), draw(st.sampled_from((1, 1, 2, 3)))
     samples = []
     for number in range(draw(st.integers(0, 5))):
-        n = draw(st.integers(0, 7))
+        n = draw(st.integers(0, 20))
         bits = st.lists(st.sampled_from((0, 1)), min_size=n, max_size=n)
         samples.append(
             make(
@@ -138,93 +59,30 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
                 told=told,
             )
         )
-    return {
-        "samples": samples,
-        "experts": experts,
-        "given": None if told and draw(st.booleans()) else experts,
-        "k": k,
-        "layers": draw(st.none() | st.lists(st.integers(0, layers - 1), max_size=4)),
-        "of": layers,
-        "max_len": draw(st.none() | st.integers(2, 8)),
-        "multiple": draw(st.integers(1, 5)),
-        "codes": codes,
-    }
-
-
-def run(case: dict[str, Any], device: torch.device) -> PackedBatch:
-    extra = {} if case["codes"] is None else {"replay_provenance": case["codes"]}
-    return pack(
-        case["samples"],
-        max_len=case["max_len"],
-        device=device,
-        advantages=[s.tokens + np.where(s.loss_mask, 0.5, NAN) for s in case["samples"]],
-        pad_to_multiple=case["multiple"],
-        num_experts=case["given"],
-        layers=case["layers"],
-        **extra,
+    return Case(
+        samples,
+        experts=experts,
+        layers=layers,
+        k=k,
+        max_len=draw(st.none() | st.integers(2, 24)),
+        multiple=draw(st.integers(1, 5)),
+        given=None if told and draw(st.booleans()) else experts,
+        taken=draw(st.none() | st.lists(st.integers(0, layers - 1), max_size=4)),
+        codes=codes,
+        layout=Layout(
+            cp_size=cp, cp_rank=draw(st.integers(0, cp - 1)), sp_size=sp, sp_rank=draw(st.integers(0, sp - 1))
+        ),
     )
 
 
 @CASES
 @given(case=cases())
-def test_every_position_holds_its_own_token(case: dict[str, Any], device: torch.device) -> None:
-    for sample in case["samples"]:
+def test_every_position_holds_its_own_token(case: Case, device: torch.device) -> None:
+    for sample in case.samples:
         for array in vars(sample).values():
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False  # the samples are the rollout's
-    codes = (PREFILL, DECODE, CACHED) if case["codes"] is None else case["codes"]
-    wanted = naive_pack(case["samples"], case["max_len"], codes)
-    batch = run(case, device)
-    real, total = len(wanted), len(wanted) + -len(wanted) % case["multiple"]
-    assert (batch.num_tokens, batch.padding) == (total, total - real)
-    for array, name, filler, dtype in (
-        (batch.tokens, "token", 0, torch.int32),
-        (batch.targets, "target", 0, torch.int64),
-        (batch.loss_mask, "trained", False, torch.bool),
-        (batch.logprobs, "logprob", 0.0, torch.float32),
-        (batch.advantages, "advantage", 0.0, torch.float32),
-        (batch.segment_ids, "segment", -1, torch.int32),
-    ):
-        assert (array.dtype, array.device.type) == (dtype, device.type)
-        assert array.tolist() == [p[name] for p in wanted] + [filler] * batch.padding
-    assert batch.positions.dtype == torch.int64
-    assert batch.positions.tolist() == [p["position"] for p in wanted] + list(range(batch.padding))
-    kept = list(dict.fromkeys(p["number"] for p in wanted))
-    assert list(batch.kept) == kept
-    assert (batch.num_samples, batch.dropped) == (len(kept), len(case["samples"]) - len(kept))
-    starts = [i for i, p in enumerate(wanted) if p["position"] == 0]
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist() == [*starts, real]
-    assert batch.old_logprobs is None
-    check_routes(batch, wanted, case)
-
-
-def check_routes(batch: PackedBatch, wanted: list[dict[str, Any]], case: dict[str, Any]) -> None:
-    samples, experts, k = case["samples"], case["experts"], case["k"]
-    if all(samples[i].experts is None for i in batch.kept):
-        assert batch.routes is None
-        return
-    assert batch.routes is not None
-    rows, state = batch.routes.rows, batch.routes.state
-    layers = list(range(case["of"])) if case["layers"] is None else case["layers"]
-    assert batch.routes.num_experts == experts
-    assert rows.dtype == (torch.uint8 if experts <= 256 else torch.uint16)
-    assert rows.shape == (batch.num_tokens, len(layers), k)
-    assert all(rows[:, place].is_contiguous() for place in range(len(layers)))
-    assert state.dtype == torch.uint8
-    assert state.tolist() == [p["state"] for p in wanted] + [PAD] * batch.padding
-    for row, position in zip(rows.tolist(), wanted, strict=False):
-        if samples[position["number"]].experts is not None:
-            token = position["token"]
-            assert row == [[expert_of(token, layer, j, experts) for j in range(k)] for layer in layers]
-        else:
-            assert all(len(set(ids)) == k and max(ids) < experts for ids in row)
-    filler = rows[len(wanted) :].long()
-    for place in range(len(layers)):
-        load = filler[:, place].flatten().bincount(minlength=experts)
-        assert all(len(set(ids)) == k for ids in filler[:, place].tolist())
-        assert len(load) == experts
-        assert not len(filler) or int(load.max() - load.min()) <= 1
+    check(case, device)
 
 
 def test_inputs_are_left_alone(device: torch.device) -> None:
@@ -308,7 +166,7 @@ def test_ids_as_wide_as_the_experts_never_as_the_data(device: torch.device) -> N
 
 
 GOOD = make(0, [0, 1, 1])
-BAD: list[tuple[list[Sample], dict[str, Any], str]] = [
+BAD: list[tuple[list[Any], dict[str, Any], str]] = [
     ([GOOD], {"max_len": 1}, "max_len >= 2 and pad_to_multiple >= 1, got 1 and 1"),
     ([GOOD], {"pad_to_multiple": 0}, "got None and 0"),
     ([GOOD], {"advantages": [1.0, 2.0]}, "an advantage for each of 1 samples, got 2"),
@@ -340,7 +198,7 @@ BAD: list[tuple[list[Sample], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("samples", "arguments", "words"), BAD, ids=[words for *_, words in BAD])
-def test_what_does_not_fit_is_refused(samples: list[Sample], arguments: dict[str, Any], words: str) -> None:
+def test_what_does_not_fit_is_refused(samples: list[Any], arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pack(samples, **arguments)
 
@@ -356,37 +214,101 @@ def test_a_trained_token_has_a_finite_logprob(value: float) -> None:
     assert pack([make(0, [0, 1]), spoilt], max_len=2).dropped == 1, "what is cut away is not looked at"
 
 
-# --- sums by segment -------------------------------------------------------------------------------------------------
+# --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-@CASES
-@given(
-    lengths=st.lists(st.integers(0, 6), max_size=6),
-    padding=st.integers(0, 3),
-    seed=st.integers(0, 99),
-    wide=st.booleans(),
+def test_stages_share_the_layers() -> None:
+    """GLM-4.7-Flash: 47 layers, the first dense; multi-token prediction is layer 47. DeepSeek-V3: 61, three dense."""
+    glm, deepseek = range(1, 47), range(3, 61)
+    assert stage_layers(glm, 47, pp_size=1, pp_rank=0) == tuple(range(46))
+    assert stage_layers([*glm, 47], 48, pp_size=4, pp_rank=0) == tuple(range(11))
+    assert stage_layers(deepseek, 61, pp_size=61, pp_rank=2) == ()
+    assert stage_layers([*deepseek, 61], 61, pp_size=1, pp_rank=0) == tuple(range(58)), "no row of the 62nd layer"
+    for pp, vpp in ((2, 1), (4, 1), (2, 2), (3, 4)):
+        chunks = {(v, r): stage_layers(range(1, 24), 24, pp_size=pp, pp_rank=r, vpp_size=vpp, vpp_rank=v)
+                  for v in range(vpp) for r in range(pp)}  # fmt: skip
+        assert sum((chunks[key] for key in sorted(chunks)), ()) == tuple(range(23)), "in order of chunk, then rank"
+        assert len(chunks[0, 0]) == 24 // (pp * vpp) - 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"pp_size": 2, "pp_rank": 2}, "0 <= rank < size, got pp_rank=2 of 2 and vpp_rank=0 of 1"),
+        ({"pp_size": 5, "pp_rank": 0}, r"layers that divide into 5 x 1 equal runs, got 24: .*pass pack the places"),
+        ({"pp_size": 2, "pp_rank": 0, "moe_layers": [3, 2]}, r"ascending ids of layers, got \[3, 2\]"),
+    ],
 )
-def test_segments_are_summed_in_order(
-    lengths: list[int], padding: int, seed: int, wide: bool, device: torch.device
-) -> None:
-    rng = np.random.default_rng(seed)
-    ids = [s for s, n in enumerate(lengths) for _ in range(n)] + [-1] * padding
-    kind = np.float64 if wide else np.float32
-    values = (rng.normal(size=len(ids)) * 10.0 ** rng.integers(-6, 6, size=len(ids))).astype(kind)
-    mask, sums, means = rng.random(len(ids)) < 0.6, [], []
-    for s in range(len(lengths)):
-        total, part, count = kind(0), kind(0), 0
-        for value, owner, on in zip(values, ids, mask, strict=True):
-            if owner == s:
-                total = total + value
-                part, count = (part + value, count + 1) if on else (part, count)
-        sums.append(float(total))
-        means.append(float(part / kind(max(count, 1))))
-    packed = torch.tensor(values, device=device), torch.tensor(ids, dtype=torch.int32, device=device)
-    got = reference.segment_sum(*packed, len(lengths))
-    average = reference.segment_mean(packed[0], torch.tensor(mask, device=device), packed[1], len(lengths))
-    if got.is_cuda:
-        assert got.tolist() == pytest.approx(sums, rel=1e-5, abs=1e-5)
-    else:
-        assert got.tolist() == sums
-        assert average.tolist() == means
+def test_stages_that_are_none(fields: dict[str, Any], words: str) -> None:
+    given = {"moe_layers": [2, 3], "num_layers": 24, **fields}
+    with pytest.raises(ValueError, match=words):
+        stage_layers(given.pop("moe_layers"), given.pop("num_layers"), **given)
+
+
+def test_layouts_that_are_none() -> None:
+    with pytest.raises(ValueError, match="0 <= cp_rank < cp_size, got cp_rank=2, cp_size=2"):
+        Layout(cp_size=2, cp_rank=2)
+    with pytest.raises(ValueError, match="sp_rank=-1, sp_size=1"):
+        Layout(sp_rank=-1)
+    with pytest.raises(ValueError, match="expected num_experts: padding"):
+        pack([replace(GOOD, num_experts=None)], layout=Layout(cp_size=2))
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a module's function from now on."""
+    seen: list[tuple[Any, ...]] = []
+    function = getattr(module, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, watched)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_opcheck(rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op's fake results have the shapes and dtypes of the real ones."""
+    samples = [make(0, [0, 1, 1, 0], experts=64 if rows else None), make(1, [0, 1], experts=64 if rows else None)]
+    calls = spy(monkeypatch, pack_module, "_pack")
+    pack(samples, device=device, pad_to_multiple=4, num_experts=64)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.pacenote.pack.default, calls[0], test_utils=checks)
+
+
+def test_the_kernel_runs_where_it_should(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU and in the interpreter the kernel, else the definition."""
+    from pacenote.kernels import pack_triton
+
+    kernel, definition = spy(monkeypatch, pack_triton, "pack"), spy(monkeypatch, reference, "pack")
+    pack([GOOD], device=device)
+    on_triton = launch.INTERPRETED or device.type == "cuda"
+    assert (len(kernel), len(definition)) == ((1, 0) if on_triton else (0, 1))
+
+
+@pytest.mark.gpu
+def test_no_wait_and_graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the device; a captured launch packs what then stands in the sources."""
+    samples = [make(i, [0, 1] * 300, layers=4) for i in range(4)]
+    calls = spy(monkeypatch, pack_module, "_pack")
+    pack(samples, device=device, num_experts=64)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ragged = Ragged.of(samples, max_len=None, advantages=None, num_experts=64, device=device)
+        expected = pack_ragged(ragged)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    args = calls[-1]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fields = torch.ops.pacenote.pack.default(*args)
+    ragged.tokens.add_(1)
+    graph.replay()
+    assert torch.equal(fields[0], expected.tokens + 1)
+    assert expected.routes is not None
+    assert torch.equal(fields[7].transpose(0, 1), expected.routes.rows)

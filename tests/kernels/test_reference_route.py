@@ -44,21 +44,40 @@ def best_first(values: list[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (0, 0.0, i) if math.isnan(values[i]) else (1, -values[i], i))
 
 
-def naive_choice(row: list[float], k: int, spec: RouterSpec, bias: list[float] | None) -> list[int]:
-    """[K]; without bias and groups the logits decide, since every score grows with its logit."""
+def naive_selection(row: list[float], spec: RouterSpec, bias: list[float] | None) -> list[float]:
+    """[E]; without bias and groups the logits decide, since every score grows with its logit."""
     if bias is None and spec.groups == 1:
-        return best_first(row)[:k]
-    scores = naive_scores(row, spec)
-    scores = [s + b for s, b in zip(scores, bias or [0.0] * len(row), strict=True)]
-    size = len(row) // spec.groups
+        return row
+    return [s + b for s, b in zip(naive_scores(row, spec), bias or [0.0] * len(row), strict=True)]
+
+
+def naive_closed(select: list[float], k: int, spec: RouterSpec) -> list[float]:
+    """[E], -inf in closed groups."""
+    if spec.groups == 1:
+        return select
+    size = len(select) // spec.groups
     members = [list(range(g * size, (g + 1) * size)) for g in range(spec.groups)]
     ranks = []
     for group in members:
-        best = [scores[group[i]] for i in best_first([scores[e] for e in group])]
+        best = [select[group[i]] for i in best_first([select[e] for e in group])]
         depth = {"max": 1, "top2": 2, "topk_share": max(k // spec.topk_groups, 1)}[spec.group_score]
         ranks.append(sum(best[1:depth], best[0]))
-    opened = [e for g in best_first(ranks)[: spec.topk_groups] for e in members[g]] if spec.groups > 1 else None
-    return best_first([s if opened is None or e in opened else -INF for e, s in enumerate(scores)])[:k]
+    opened = [e for g in best_first(ranks)[: spec.topk_groups] for e in members[g]]
+    return [s if e in opened else -INF for e, s in enumerate(select)]
+
+
+def naive_choice(row: list[float], k: int, spec: RouterSpec, bias: list[float] | None) -> list[int]:
+    """[K]."""
+    return best_first(naive_closed(naive_selection(row, spec, bias), k, spec))[:k]
+
+
+def naive_margin(row: list[float], ids: list[int], spec: RouterSpec, bias: list[float] | None) -> float:
+    """The K-th best less the worst of `ids`, of a row whose choice is another set."""
+    select = naive_selection(row, spec, bias)
+    closed = naive_closed(select, len(ids), spec)
+    last = closed[best_first(closed)[len(ids) - 1]]
+    margin = last - select[ids[best_first([select[e] for e in ids])[-1]]]
+    return max(margin, 0.0) if math.isfinite(margin) else 0.0
 
 
 def naive_weights(row: list[float], experts: list[int], spec: RouterSpec) -> list[float]:
@@ -144,7 +163,7 @@ def test_every_row_is_what_one_row_alone_would_be(case: dict[str, Any], device: 
     logits, rows, state, bias = tensors(case, device)
     out = reference.replay_topk(logits, rows, spec, state=state, bias=bias)
     assert out.experts.shape == out.weights.shape == out.native.shape == (tokens, k)
-    counts = dict.fromkeys(COUNTERS, 0)
+    counts, load, margins = dict.fromkeys(COUNTERS, 0), [0] * experts, []
     for t, (row, ids, code) in enumerate(zip(case["logits"], case["rows"], states, strict=True)):
         fate = naive_fate(ids, experts, code)
         own = naive_choice(row, k, spec, case["bias"])
@@ -157,16 +176,26 @@ def test_every_row_is_what_one_row_alone_would_be(case: dict[str, Any], device: 
         if fate != PADDED:
             assert out.native[t].tolist() == own
         counts[COUNTERS[fate]] += 1
+        counts["missing"] += code == REPLAY and min(ids) < 0
+        for expert in chosen if fate != PADDED else ():
+            load[expert] += 1
         if fate == REPLAYED:
             counts["flipped"] += set(ids) != set(own)
             counts["overlap"] += len(set(ids) & set(own))
+            margins.append(naive_margin(row, ids, spec, case["bias"]) if set(ids) != set(own) else 0.0)
     assert dict(zip(COUNTERS, reference.route_counts(out, rows).tolist(), strict=True)) == counts
-    stats = RouteStats.zeros(device)
-    for times in (1, 2):  # the op adds to the counters, and gives what the definition gives
+    assert reference.route_load(out, experts).tolist() == load
+    margin = reference.route_margin(out, logits, rows, spec, bias).item()
+    assert margin == pytest.approx(math.fsum(margins), rel=1e-12, abs=1e-14)
+    stats = RouteStats.zeros(device, experts)
+    for times in (1, 2):  # the op adds to the counts, and gives what the definition gives
         weights, chosen_ids = replay_topk(logits, rows, spec, state=state, bias=bias, stats=stats)
         assert torch.equal(weights.nan_to_num(), out.weights.nan_to_num())
         assert torch.equal(chosen_ids, out.experts)
         assert stats.counts() == {name: times * count for name, count in counts.items()}
+        assert stats.margin.item() == times * margin
+        assert stats.load is not None
+        assert stats.load.tolist() == [times * n for n in load]
     assert sum(stats.counts()[name] for name in COUNTERS[:5]) == 2 * tokens
     stats.reset()
     assert not any(stats.counts().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pacenote.kernels import launch, reference
 from pacenote.kernels.route import RouteStats, _backward, _fields, _forward, replay_topk
 from pacenote.kernels.spec import FREE, PAD, REPLAY, RouterSpec
 from tests.kernels.route_checks import CHECKS
-from tests.kernels.route_oracle import FAMILIES, Inputs, no_worse, of_family
+from tests.kernels.route_oracle import FAMILIES, Inputs, compare_choice, no_worse, of_family
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SIGMOID = RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=1.8)
@@ -21,6 +22,33 @@ SIGMOID = RouterSpec(score="sigmoid", renormalize=True, eps=1e-20, scale=1.8)
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name: str, device: torch.device) -> None:
     CHECKS[name](device)
+
+
+@pytest.mark.parametrize(
+    ("values", "opened", "right", "wrong"),
+    [
+        # Groups of two; the first two tie but for rounding. The third has an expert as good as the first one's best.
+        ([2, 1, 1.6, 1.4 - 2e-7, 2, 0.9, 0, 0], 1, [[0, 1], [2, 3]], [[0, 2], [4, 1], [1, 0], [3, 2], [4, 5]]),
+        # No tie: one choice, whatever the scores in closed groups.
+        ([2, 1, 1.6, 1.3, 2, 0.9, 0, 0], 1, [[0, 1]], [[2, 3], [4, 1], [0, 5]]),
+        # The first group is open, and one of the next two, which tie; an open group must not be passed over.
+        ([3, 2, 1, 1, 1.5, 0.5, 0, 0], 2, [[0, 1, 2], [0, 1, 3], [0, 1, 4]], [[0, 1, 5], [0, 4, 2], [0, 4, 1]]),
+        # Equal scores within a group change places, and no others.
+        ([2, 2 + 2e-7, 1, 0, 0, 0, 0, 0], 1, [[0, 1], [1, 0]], [[0, 2], [2, 0]]),
+    ],
+)
+def test_choices_are_compared_up_to_rounding(
+    values: list[float], opened: int, right: list[list[int]], wrong: list[list[int]]
+) -> None:
+    """What `check` accepts of scores that select is the comparison's own; this is what it lets pass."""
+    spec = RouterSpec(score="sigmoid", groups=4, topk_groups=opened)
+    inputs = Inputs(torch.zeros(1, 8), torch.zeros(1, len(right[0])).int(), spec, bias=torch.tensor(values))
+    every, theirs = torch.tensor([True]), torch.tensor(right[:1])
+    for choice in right:
+        compare_choice(inputs, torch.tensor([choice]), theirs, every, exact=False)
+    for choice in wrong:
+        with pytest.raises(AssertionError, match="own choice"):
+            compare_choice(inputs, torch.tensor([choice]), theirs, every, exact=False)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -32,12 +60,12 @@ def test_opcheck(name: str, device: torch.device) -> None:
     fields = _fields(inputs.spec)
     logits = torch.where((inputs.state == PAD)[:, None], 0.0, inputs.logits).requires_grad_()  # type: ignore[index]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    for count in (False, True):
-        args: tuple[Any, ...] = (logits, inputs.rows, inputs.state, inputs.bias, count, *fields)
+    for count, load in ((False, False), (True, False), (True, True)):
+        args: tuple[Any, ...] = (logits, inputs.rows, inputs.state, inputs.bias, count, load, *fields)
         torch.library.opcheck(torch.ops.pacenote.replay_topk.default, args, test_utils=checks)
     if not launch.takes_triton(logits):
         return
-    weights, experts, _ = _forward(*args)
+    weights, experts, *_ = _forward(*args)
     backward = (logits.detach(), experts, inputs.state, torch.ones_like(weights.detach()), *fields)
     torch.library.opcheck(torch.ops.pacenote.replay_topk_backward.default, backward, test_utils=checks)
 
@@ -61,7 +89,8 @@ def test_gradcheck(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3", "gpt-oss"])
 def test_compiles_whole(name: str, device: torch.device) -> None:
     inputs = of_family(name, tokens=33).on(device)
-    stats = RouteStats.zeros(device)
+    stats = RouteStats.zeros(device, inputs.logits.shape[1])
+    assert stats.load is not None
 
     def loss(x: Tensor) -> Tensor:
         weights, experts = replay_topk(
@@ -69,15 +98,34 @@ def test_compiles_whole(name: str, device: torch.device) -> None:
         )
         return (weights.float() * (experts % 5 + 1)).sum()
 
+    parts = stats.counters, stats.margin, stats.load
     logits = torch.where((inputs.state == PAD)[:, None], 0.0, inputs.logits)  # type: ignore[index]
     plain, compiled = (logits.clone().requires_grad_() for _ in range(2))
     loss(plain).backward()  # type: ignore[no-untyped-call]
-    once = stats.counters.clone()
+    once = [part.clone() for part in parts]
     torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled).backward()  # type: ignore[no-untyped-call]
     assert plain.grad is not None
     assert compiled.grad is not None
     assert torch.equal(plain.grad, compiled.grad)
-    assert torch.equal(stats.counters, 2 * once)
+    assert not stats.margin.requires_grad
+    for part, first in zip(parts, once, strict=True):
+        assert torch.equal(part, 2 * first)
+        assert first.any()
+
+
+def test_compiles_once_for_any_length(device: torch.device) -> None:
+    """Microbatches differ in length; the checks of arguments must not ask for a fixed one."""
+    inputs = of_family("glm-4.7-flash", tokens=60).on(device)
+    stats = RouteStats.zeros(device, inputs.logits.shape[1])
+    compiled = torch.compile(replay_topk, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert inputs.state is not None
+    for tokens in (60, 17, 33):
+        logits, rows, state = (x[:tokens].clone() for x in (inputs.logits, inputs.rows, inputs.state))
+        args: Any = logits, rows, inputs.spec
+        given: dict[str, Any] = {"state": state, "bias": inputs.bias, "stats": stats}
+        with torch.compiler.set_stance("fail_on_recompile" if tokens < 60 else "default"):
+            got = compiled(*args, **given)
+        assert all(torch.equal(a, b) for a, b in zip(got, replay_topk(*args, **given), strict=True))
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
@@ -149,7 +197,15 @@ def test_gradients_of_strided_arguments(device: torch.device) -> None:
         ({"bias": torch.zeros(3)}, r"expected bias \[4\] of float32 or bfloat16 or float16, got \[3\] of float32"),
         ({"bias": torch.zeros(4).double()}, r"expected bias \[4\] .*got \[4\] of float64"),
         ({"rows": torch.zeros(3, 2, device="meta").int()}, r"expected rows on .* as the other arguments, got meta"),
-        ({"stats": RouteStats(torch.zeros(7))}, r"expected stats\.counters \[7\] of int64, got \[7\] of float32"),
+        (
+            {"stats": replace(RouteStats.zeros(), counters=torch.zeros(8))},
+            r"expected stats\.counters \[8\] of int64, got \[8\] of float32",
+        ),
+        (
+            {"stats": replace(RouteStats.zeros(), margin=torch.zeros(1))},
+            r"expected stats\.margin \[1\] of float64, got \[1\] of float32",
+        ),
+        ({"stats": RouteStats.zeros(num_experts=5)}, r"expected stats\.load \[4\] of int64, got \[5\] of int64"),
         ({"stats": RouteStats.zeros("meta")}, r"expected stats\.counters on .* got meta: move it first"),
     ],
 )
@@ -161,11 +217,14 @@ def test_refuses(changed: dict[str, Any], words: str, device: torch.device) -> N
     }
     stats = args.setdefault("stats", RouteStats.zeros(device))
     if stats.counters.device.type != "meta":
-        args["stats"] = RouteStats(stats.counters.to(device))
+        load = None if stats.load is None else stats.load.to(device)
+        stats = args["stats"] = RouteStats(stats.counters.to(device), stats.margin.to(device), load)
     with pytest.raises(ValueError, match=words):
         replay_topk(args.pop("logits"), args.pop("rows"), args.pop("spec"), **args)
     if stats.counters.device.type != "meta":
-        assert (args["stats"].counters == 0).all()
+        assert not any(stats.counts().values())
+        assert stats.margin == 0
+        assert stats.load is None or not stats.load.any()
 
 
 # --- where it runs ---------------------------------------------------------------------------------------------------
@@ -185,7 +244,8 @@ def test_mode_is_what_it_says(device: torch.device, monkeypatch: pytest.MonkeyPa
 
 def _record(into: list[torch.dtype], logits: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
     into.append(logits.dtype)
-    return torch.zeros(rows.shape, device=logits.device), rows.long(), rows.new_zeros(0, dtype=torch.int64)
+    empty = [logits.new_zeros(0, dtype=kind) for kind in (torch.int64, torch.float64, torch.int64)]
+    return torch.zeros(rows.shape, device=logits.device), rows.long(), *empty
 
 
 @pytest.mark.gpu
@@ -193,7 +253,7 @@ def test_no_wait_and_graphs(device: torch.device) -> None:
     """Nothing waits for the device; a captured graph replays with what then stands in its arguments."""
     inputs = of_family("deepseek-v3", tokens=4096).on(device)
     logits = torch.nan_to_num(inputs.logits).requires_grad_()
-    stats = RouteStats.zeros(device)
+    stats = RouteStats.zeros(device, inputs.logits.shape[1])
     given: dict[str, Any] = {"state": inputs.state, "bias": inputs.bias, "stats": stats}
 
     def step() -> tuple[Tensor, Tensor]:

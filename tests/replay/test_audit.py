@@ -122,11 +122,24 @@ def test_flips_check_shapes() -> None:
 
 def test_audit_by_name_and_as_a_table() -> None:
     counts = {name: np.array([index, 10], dtype=np.int64) for index, name in enumerate(COUNTERS)}
-    made = Audit(layers=(1, 3), **counts)
+    made = Audit(layers=(1, 3), **counts, margin=np.array([0.25, 0.5]))
     assert made.total("flipped") == COUNTERS.index("flipped") + 10
     assert made["pad"].tolist() == [COUNTERS.index("pad"), 10]
     lines = made.table().splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "1", "3", "sum"]
     assert lines[-1].split()[1] == "10"
+    assert [line.split()[-1] for line in lines] == ["margin", "0.25", "0.5", "0.417"]  # of 5 flipped rows, and of 10
+    assert made.mean_margin() == pytest.approx((5 * 0.25 + 10 * 0.5) / 15)
     with pytest.raises(KeyError, match="expected one of replayed"):
         made["nothing"]
+    with pytest.raises(KeyError, match="expected one of replayed"):
+        made["margin"]
+
+
+def test_a_margin_without_flips_is_nan() -> None:
+    counts = {name: np.zeros(2, dtype=np.int64) for name in COUNTERS}
+    made = Audit(layers=(1, 3), **counts, margin=np.full(2, np.nan))
+    assert math.isnan(made.mean_margin())
+    assert made.table().splitlines()[-1].split()[-1] == "nan"
+    counts["flipped"] = np.array([0, 3])
+    assert Audit(layers=(1, 3), **counts, margin=np.array([np.nan, 0.5])).mean_margin() == 0.5

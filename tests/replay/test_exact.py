@@ -261,7 +261,7 @@ def test_only_valid_distinct_ids_reach_the_experts(tiny: Build, implementation: 
     torch.testing.assert_close(out[:, :4], clean[:, :4], atol=1e-5, rtol=0)
     audit = replay.audit()
     width = len(replay.layers)
-    for name, count in {"replayed": 4, "free": 1, "duplicate": 1, "out_of_range": 2, "pad": 0}.items():
+    for name, count in {"replayed": 4, "free": 1, "duplicate": 1, "out_of_range": 2, "pad": 0, "missing": 1}.items():
         assert audit[name].tolist() == [count] * width, name
 
 
@@ -288,6 +288,7 @@ def test_states_are_obeyed_and_counted(tiny: Build) -> None:
     assert torch.equal(used.rows()[0, 2:4, 0].sort(-1).values, native[0, 2:4, 0].sort(-1).values)
     audit = replay.audit()
     assert (audit.total("replayed"), audit.total("free"), audit.total("pad")) == (6, 4, 2)
+    assert audit.total("missing") == 0  # free rows are not missing
 
 
 def test_numpy_and_every_integer_dtype_mean_the_same(tiny: Build) -> None:

@@ -341,7 +341,22 @@ def test_the_audit_resets(model: Any, replay: Replay) -> None:
     first = replay.audit(reset=True)
     assert first.total("replayed") == BATCH * LENGTH * LAYERS
     assert first.layers == replay.layers == (1, 2)
-    assert replay.audit().total("replayed") == 0
+    empty = replay.audit()
+    assert empty.total("replayed") == 0
+    assert np.isnan(empty.margin).all()
+
+
+def test_margins_are_means_over_flipped_rows(model: Any, replay: Replay) -> None:
+    margins = []
+    for times in (1, 2):
+        for _ in range(times):
+            with replay.rows(rows(BATCH, LENGTH)):
+                run(model, ids())
+        audit = replay.audit(reset=True)
+        assert (audit["flipped"] > 0).all()
+        assert (audit.margin > 0).all()
+        margins.append(audit.margin)
+    assert np.allclose(margins[0], margins[1], rtol=1e-6)
 
 
 def test_overlap_counts_shared_experts(model: Any, replay: Replay) -> None:
