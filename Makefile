@@ -7,6 +7,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 OUT ?= benchmarks/results
+INTERPRETED := tests/kernels tests/trainer/test_same_step.py
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -17,11 +18,11 @@ install:
 train: install
 	$(BIN)/pacenote train tiny $(ARGS)
 
-# The kernels' tests run twice: on the plain definitions, and on the Triton kernels in the interpreter (where ARGS may
-# select nothing, which is pytest's exit code 5).
+# The kernels' tests run twice: on the plain definitions, and on the Triton kernels in the interpreter, where the training
+# step runs as well (ARGS may select nothing there, which is pytest's exit code 5).
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels $(ARGS) || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) $(ARGS) || [ $$? -eq 5 ]
 
 lint: install
 	$(BIN)/ruff check .
@@ -33,7 +34,7 @@ gpu:
 	$(PYTHON) scripts/gpu.py --out $(OUT)
 
 bench: install
-	$(BIN)/python -m benchmarks.route --out $(OUT) $(ARGS)
+	for name in route permute pack; do $(BIN)/python -m benchmarks.$$name --out $(OUT) $(ARGS) || exit 1; done
 
 docs: install
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -5,7 +5,6 @@ The same tests run in each; a line at the head of the run says in which.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +12,6 @@ import pytest
 import torch
 
 from pacenote.kernels import launch
-
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # for `tests.kernels.*`, which pytest alone does not put there
-    sys.path.append(str(ROOT))
 
 GPU = torch.cuda.is_available() and not launch.INTERPRETED
 MODE = "Triton on a GPU" if GPU else "Triton's interpreter" if launch.INTERPRETED else "plain torch, no kernel"

@@ -19,6 +19,7 @@ from pacenote.kernels.pack import Layout, Ragged, pack, pack_ragged, stage_layer
 from pacenote.kernels.spec import CACHED, DECODE, FREE, MISSING, PREFILL, RECOMPUTED, REPLAY
 from tests.kernels.pack_checks import CHECKS
 from tests.kernels.pack_oracle import NAN, Case, check, make
+from tests.spy import spy
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASES = settings(
@@ -255,19 +256,6 @@ def test_layouts_that_are_none() -> None:
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
-
-
-def spy(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
-    """The arguments of every call of a module's function from now on."""
-    seen: list[tuple[Any, ...]] = []
-    function = getattr(module, name)
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(args)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, watched)
-    return seen
 
 
 @pytest.mark.parametrize("rows", [True, False])

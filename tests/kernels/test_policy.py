@@ -14,11 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pacenote.kernels import reference
+from pacenote.kernels import launch, reference
 from pacenote.kernels.policy import PolicyConfig, policy_loss
 
 NAN, INF, BOUND = float("nan"), float("inf"), 20.0
-CASES = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+CASES = settings(
+    max_examples=20 if launch.INTERPRETED else 200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 PLAIN = PolicyConfig(tis_cap=None)
 
 

@@ -11,55 +11,19 @@ import pytest
 import torch
 
 from pacenote.kernels.policy import PolicyConfig
-from pacenote.kernels.spec import DECODE, MISSING, PREFILL
-from pacenote.replay.hf import attach
-from pacenote.replay.spec import geometry_from_config
+from pacenote.kernels.spec import MISSING
 from pacenote.rollout.trajectory import Trajectory
-from pacenote.trainer import checkpoint, model
-from pacenote.trainer.batch import Sample, microbatches
+from pacenote.trainer import checkpoint
+from pacenote.trainer.batch import microbatches
 from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.hf import HfBackend, OptimConfig
 from pacenote.trainer.step import Gap, ReplayMode, prepare, update
-
-PROMPT, LENGTH, COUNT = 6, 14, 24
-
-
-@pytest.fixture(scope="module")
-def trajectories(tiny_dir: Path) -> list[Trajectory]:
-    """Tokens of a uniform policy, with the logprobs and routes that the model has for them in bfloat16."""
-    engine = model.load(tiny_dir, dtype=torch.bfloat16)
-    geometry = geometry_from_config(engine.config.to_dict())
-    replay = attach(engine)
-    tokens = torch.randint(0, 491, (COUNT, LENGTH), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), replay.record() as record:
-        logp = engine(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        rows = record.rows().cpu().numpy().astype(np.uint8)
-    logprobs = torch.zeros(COUNT, LENGTH)
-    logprobs[:, 1:] = logp.gather(-1, tokens[:, 1:, None])[..., 0]
-    mask = np.zeros(LENGTH, dtype=np.uint8)
-    mask[PROMPT:] = 1
-    return [
-        Trajectory(
-            tokens=tokens[i].numpy().astype(np.int32),
-            loss_mask=mask,
-            logprobs=(logprobs[i].numpy() * mask).astype(np.float32),
-            experts=rows[i, :-1],
-            provenance=np.array([PREFILL] * PROMPT + [DECODE] * (LENGTH - 1 - PROMPT), dtype=np.uint8),
-            version=np.zeros(LENGTH, dtype=np.int32),
-            layers=geometry.layers,
-            num_experts=geometry.num_experts,
-        )
-        for i in range(COUNT)
-    ]
+from tests.trainer.recorded import COUNT, LENGTH, PROMPT, samples
 
 
 @pytest.fixture
 def backend(tiny_dir: Path) -> HfBackend:
     return HfBackend(tiny_dir, OptimConfig(microbatch_tokens=90), device="cpu", temperature=1.0)
-
-
-def samples(trajectories: list[Trajectory]) -> list[Sample]:
-    return [Sample(t, 1.0 if i % 2 else -0.5) for i, t in enumerate(trajectories)]
 
 
 def gap_of(backend: HfBackend, trajectories: list[Trajectory], mode: ReplayMode = "rollout") -> Gap:
