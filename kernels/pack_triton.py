@@ -167,8 +167,8 @@ def pack(
 ) -> tuple[Tensor, ...]:
     """One launch; every number of the batch is written once.
 
-    Floor: with b bytes an id, 2 T' L' K b bytes of rows read and written, and 49 T + 2 T' of the rest (a token, a mask,
-    a logprob, an advantage read; 36 bytes written).
+    Floor: with b bytes an id, 2 T' L' K b bytes of rows read and written, and 46 T + 2 T' of the rest (a token, a mask,
+    a logprob, an advantage read; 33 bytes written).
 
     Args:
         table: [4, S+1] int64, see `reference.pack_index`.
