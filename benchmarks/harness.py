@@ -1,187 +1,161 @@
-"""Timing, and what a number needs beside it to mean something: device, driver, versions, commit, date.
+"""The way of every benchmark: inputs, a check, timings, rows; and its command line.
 
-On a GPU a call is timed inside a CUDA graph that runs it over several inputs, more of them than the cache holds: no
-Python and no warm cache is measured. On a CPU it is timed by the clock, once an input.
+A benchmark says which cases there are. Every implementation's result is checked before it is timed; one that fails is
+a row that says so, as is one that is absent.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
-import re
-import statistics
-import subprocess
+import argparse
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-BANDWIDTH = 3.0e12
-"""Bytes a second that the floors are for: what an H100 SXM reaches of its 3.35e12."""
+from benchmarks import machine, timing
+from benchmarks.case import OURS, Absent, Case, Floor, Implementation
+from benchmarks.machine import Ceilings
+from benchmarks.models import MODELS
+from benchmarks.sensors import Reading, Sensors, columns
+from benchmarks.table import Table
+
+GPU_TOKENS, CPU_TOKENS = (8192, 32768, 131072), (64, 256)
+GPU_REPEATS, CPU_REPEATS = 50, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """Microseconds a call: median, 10th and 90th percentile over `repeats`; bytes at the peak beyond the inputs."""
+class Setting:
+    """Where cases are measured, and whether torch.compile is among the implementations."""
 
-    median_us: float
-    p10_us: float
-    p90_us: float
-    repeats: int
-    method: str
-    on_gpu: bool
-    peak_bytes: int | None
+    device: torch.device
+    compiled: bool = False
 
-    def row(self, floor_bytes: int) -> dict[str, Any]:
-        """The timing, and on a GPU how it stands to a floor in bytes at BANDWIDTH."""
-        if not self.on_gpu:
-            return {**asdict(self), "floor_bytes": floor_bytes}
-        floor = floor_bytes / BANDWIDTH * 1e6
-        return {
-            **asdict(self),
-            "floor_bytes": floor_bytes,
-            "floor_us": floor,
-            "over_floor": self.median_us / floor,
-            "gb_per_s": floor_bytes / self.median_us / 1e3,
-        }
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any] | Absent:
+        """The function compiled for one shape, or why it is not."""
+        if not self.compiled:
+            return Absent("compiled on a GPU only, at one size: compiling takes longer than measuring")
+        torch.compiler.reset()
+        return torch.compile(function, dynamic=False)
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> Timing:
-    """Time calls that do the same to different inputs."""
-    if device.type != "cuda":
-        for call in calls:
-            call()
-        took = [_clock(call) for _ in range(repeats) for call in calls]
-        return _timing(took, "clock, eager", None)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            for call in calls:
-                call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        calls[0]()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    took = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in pairwise(marks)]
-    return _timing(took, f"CUDA graph over {len(calls)} inputs", peak)
+Cases = Callable[[str, int, Setting], Iterator[Case[Any]]]
+"""From a model of MODELS and T to what is measured."""
 
 
-def _clock(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e6
+class Bench:
+    """Measures cases on a device.
+
+    Attributes:
+        device: the device.
+        facts: what a file of rows says of the machine.
+    """
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device = device
+        self._repeats, self._sensors = repeats, Sensors(device)
+        self._rates = machine.ceilings(device)
+        self.facts = machine.facts(device, self._sensors, self._rates)
+
+    def rows(self, case: Case[Any]) -> Iterator[dict[str, Any]]:
+        """One row an implementation: its timing, or why there is none under `absent` or `failed`."""
+        inputs: list[Any] = []
+        for name, implementation in case.implementations.items():
+            row = {"model": case.model, "tokens": case.tokens, "work": case.work, "implementation": name, **case.shape}
+            if isinstance(implementation, Absent):
+                yield {**row, "absent": implementation.reason}
+                continue
+            try:
+                inputs = inputs or [case.make(i) for i in range(timing.rotation(case.floor.bytes, self.device))]
+                yield {**row, **self._measured(case, implementation, inputs)}
+            except Exception as error:  # whatever it is, the others are measured
+                traceback.print_exc()
+                yield {**row, "failed": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
+
+    def _measured(self, case: Case[Any], implementation: Implementation[Any], inputs: Sequence[Any]) -> dict[str, Any]:
+        """Check and time; the columns of the row."""
+        calls = [implementation.bind(one) for one in inputs]
+        verify = partial(case.check, inputs[0])
+        verify(calls[0]())
+        before, during = self._sensors.read(), list[Reading]()
+        timed = timing.time_calls(
+            calls,
+            self.device,
+            repeats=self._repeats,
+            on_host=implementation.on_host,
+            watch=partial(self._sensors.watch, during),
+            verify=verify,
+        )
+        columns_of = against(case.floor, timed.median_us, self._rates)
+        return {**asdict(timed), **columns_of, **columns(before, during), "note": implementation.note}
 
 
-def _timing(took: list[float], method: str, peak: int | None) -> Timing:
-    tenths = statistics.quantiles(took, n=10, method="inclusive")
-    return Timing(
-        median_us=statistics.median(took),
-        p10_us=tenths[0],
-        p90_us=tenths[-1],
-        repeats=len(took),
-        method=method,
-        on_gpu=peak is not None,
-        peak_bytes=peak,
-    )
-
-
-def rotation(input_bytes: int, device: torch.device) -> int:
-    """How many inputs of a size it takes to be sure that none is in the cache when its turn comes; at most 64."""
-    if device.type != "cuda":
-        return 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(64, 2 + math.ceil(2 * cache / input_bytes))
-
-
-def pick_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a number was measured on and with."""
-    facts: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
+def against(floor: Floor, median_us: float, rates: Ceilings | None) -> dict[str, Any]:
+    """How a time stands to the floor. Without rates, on a CPU, only what the floor counts."""
+    counts = {f"floor_{name}": value for name, value in asdict(floor).items()}
+    if rates is None:
+        return counts
+    best = floor.seconds(rates) * 1e6
+    return {
+        **counts,
+        "floor_us": best,
+        "over_floor": median_us / best,
+        "gb_per_s": floor.bytes / median_us / 1e3,
+        "tflop_per_s": floor.flop / median_us / 1e6,
     }
-    for package in ("torch", "triton", "numpy"):
-        facts[package] = _version(package)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-            "driver": _driver(),
-        }
-    else:
-        facts["note"] = "CPU: the timings mean nothing for a GPU, and the op is the plain definition"
-    return facts
 
 
-def _commit() -> str | None:
-    """The commit, with + if files differ from it."""
-    root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
+def line(row: dict[str, Any]) -> str:
+    """A row for the eye."""
+    head = f"{row['model']:>14} T={row['tokens']:<7} {row['work']:<20} {row['implementation']:<15}"
+    if "median_us" not in row:
+        return f"{head} {'FAILED: ' + row['failed'] if 'failed' in row else row['absent']}"
+    floor = f"  {row['over_floor']:.1f} x floor {row['floor_us']:.1f} us" if "floor_us" in row else ""
+    return f"{head} {row['median_us']:>10.1f} us [{row['p10_us']:.1f}, {row['p90_us']:.1f}]{floor}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def main(name: str, about: str, cases: Cases, words: Sequence[str] | None = None) -> int:
+    """Measure and write, as the command line says; 1 if an implementation of ours failed.
 
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version, if nvidia-ml-py is there to ask."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
-
-
-def write(name: str, facts: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> Path:
-    """Write `<out>/<name>-<device>-<date>.json`; gives its path."""
-    device = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
-    path = out / f"{name}-{device}-{facts['date'][:10]}.json"
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "machine": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    return path
+    Args:
+        name: of the benchmark.
+        about: its first line.
+        cases: what is measured.
+        words: of the command line; None: this process's own.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {GPU_TOKENS} on a GPU, else {CPU_TOKENS}")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--repeats", type=int, help=f"default: {GPU_REPEATS} on a GPU, else {CPU_REPEATS}")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    asked = parser.parse_args(words)
+    began, device = time.monotonic(), machine.pick_device()
+    on_gpu = device.type == "cuda"
+    sizes = asked.tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
+    bench = Bench(device, asked.repeats or (GPU_REPEATS if on_gpu else CPU_REPEATS))
+    if "note" in bench.facts:
+        print(f"No GPU here. {bench.facts['note']}.", flush=True)
+    table = Table(name, bench.facts, asked.out)
+    said = set()
+    for tokens in sizes:  # every model at one size, then the next: a run that is cut short has all of them
+        setting = Setting(device=device, compiled=on_gpu and not asked.no_compile and tokens == sizes[len(sizes) // 2])
+        for model in asked.models:
+            for case in cases(model, tokens, setting):
+                if time.monotonic() - began > asked.seconds:
+                    table.left_out.append(f"{case.model} T={case.tokens} {case.work}")
+                    continue
+                for row in bench.rows(case):
+                    table.add(row)
+                    if (why := (row["implementation"], row.get("absent"))) not in said or "absent" not in row:
+                        print(line(row), flush=True)
+                    said.add(why)
+    if table.left_out:
+        print(f"left out after {asked.seconds:.0f} s: {', '.join(table.left_out)}")
+    print("written:", *table.close())
+    return int(any("failed" in row and row["implementation"] == OURS for row in table.rows))

@@ -1,42 +1,41 @@
-"""Routing replay against its definition in plain torch, and against torch.compile of that.
+"""Routing replay against its definition in plain torch, torch.compile of that, and megatron-core's router.
 
     python -m benchmarks.route --out benchmarks/results
 
-Results are compared with float64 before anything is timed. On a CPU the shapes are small and the timings mean nothing.
-`plain` is `reference.replay_topk`, which also finds the router's own choice of every row, as the counts need it.
+`plain` is `reference.replay_topk`: it also finds the router's own choice of every row, as the counts need it.
+`megatron` is `topk_routing_with_score_function`, for replayed rows with its RouterReplay: it gathers what it is given,
+checks no row and counts nothing. By itself it returns weights and a map [T, E]; `megatron-topk` asks for [T, K].
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, peers
+from benchmarks.case import OURS, Absent, Case, Floor, Implementation
+from benchmarks.models import MODELS, Model
 from pacenote.kernels import reference
 from pacenote.kernels.route import RouteStats, replay_topk
 from pacenote.kernels.spec import FREE
-from tests.kernels.route_oracle import FAMILIES, Inputs, check
+from tests.kernels import route_oracle
+from tests.kernels.route_oracle import Inputs
 
-Route = Callable[[Tensor, Inputs], tuple[Tensor, Tensor]]
-MODELS = {
-    "glm-4.7-flash": (torch.float32, torch.uint8),
-    "qwen3": (torch.bfloat16, torch.uint8),
-    "deepseek-v3": (torch.float32, torch.uint8),
-    "kimi-k2": (torch.float32, torch.uint16),
-}
-"""Logits and rows as these models' trainers have them: GLM-4.7-Flash, Qwen3-30B-A3B, DeepSeek-V3, Kimi-K2."""
+Route = Callable[[Tensor, Inputs, RouteStats | None], tuple[Tensor, Tensor]]
+"""From logits [T, E] to weights and experts [T, K], or of megatron-core weights and a map [T, E]."""
+Router = Implementation[Inputs] | Absent
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is timed: the forward pass of rows that are replayed or free, counted or not, or forward and backward."""
+    """The forward pass of rows that are replayed or free, counted or not, or forward and backward."""
 
     name: str
     free: bool = False
@@ -52,119 +51,208 @@ WORKS = (
 )
 
 
-def make(model: str, tokens: int, seed: int, free: bool, device: torch.device) -> Inputs:
+# --- inputs and what is right ----------------------------------------------------------------------------------------
+
+
+def make(model: Model, tokens: int, work: Work, device: torch.device, seed: int) -> Inputs:
     """Valid rows from a slightly different router, as a rollout engine's are."""
-    family, (dtype, ids) = FAMILIES[model], MODELS[model]
+    family = model.family
     g = torch.Generator(device).manual_seed(seed)
-    logits = torch.randn(tokens, family.experts, generator=g, device=device)
-    noise = torch.randn(tokens, family.experts, generator=g, device=device)
-    bias = torch.randn(family.experts, generator=g, device=device) * 0.1 if family.bias else None
-    rows = reference.native_topk(logits + 0.02 * noise, family.k, family.spec, bias)
-    state = torch.full((tokens,), FREE, dtype=torch.uint8, device=device) if free else None
-    return Inputs(logits.to(dtype), rows.to(ids), family.spec, state, bias)
+    logits = torch.randn(tokens, model.experts, generator=g, device=device)
+    noise = torch.randn(tokens, model.experts, generator=g, device=device)
+    bias = torch.randn(model.experts, generator=g, device=device) * 0.1 if family.bias else None
+    rows = reference.native_topk(logits + 0.02 * noise, model.k, family.spec, bias)
+    state = torch.full((tokens,), FREE, dtype=torch.uint8, device=device) if work.free else None
+    return Inputs(logits.to(model.logits), rows.to(model.ids), family.spec, state, bias)
 
 
-def floor_bytes(inputs: Inputs, work: Work) -> int:
+def upstream(inputs: Inputs) -> Tensor:
+    """[T, K] a gradient of the weights; not constant, of which renormalised weights would leave nothing."""
+    g = torch.Generator(inputs.logits.device).manual_seed(1)
+    grad = torch.randn(inputs.rows.shape, generator=g, device=inputs.logits.device)
+    return grad.to(reference.weight_dtype(inputs.logits.dtype, inputs.spec))
+
+
+def floor(inputs_of: Model, tokens: int, work: Work) -> Floor:
     """The least that has to be read and written; the launchers of `route_triton` give the formulas."""
-    (tokens, experts), k = inputs.logits.shape, inputs.rows.shape[1]
-    spec, size = inputs.spec, inputs.logits.element_size()
+    experts, k, size = inputs_of.experts, inputs_of.k, inputs_of.logits.itemsize
+    spec = inputs_of.family.spec
     whole = spec.score == "softmax"
-    weight = reference.weight_dtype(inputs.logits.dtype, spec).itemsize
+    weight = reference.weight_dtype(inputs_of.logits, spec).itemsize
     chosen = min(32 * k, experts * size)  # single numbers are read in sectors of 32 bytes
     row = experts * size if whole or work.free or work.count else chosen
-    total = row + k * (inputs.rows.element_size() + weight + 8)
+    total = row + k * (inputs_of.ids.itemsize + weight + 8) + work.free
     if work.backward:
         total += experts * size + (experts * size if whole else chosen) + k * (weight + 8)
-    return tokens * total
+    return Floor(bytes=tokens * total)
 
 
-def ours(logits: Tensor, inputs: Inputs, stats: RouteStats | None = None) -> tuple[Tensor, Tensor]:
-    """The op; weights and experts [T, K]."""
+def check(work: Work, inputs: Inputs, result: Any) -> None:
+    """Weights and experts, or the gradient, are those of the definition.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    if work.backward:
+        check_gradient(inputs, *result)
+        return
+    check_choice(inputs, *result)
+    if work.count:  # and the op itself against float64, at this size, counts included
+        route_oracle.check(inputs, inputs.logits.device)
+
+
+def check_choice(inputs: Inputs, weights: Tensor, experts: Tensor) -> None:
+    """Weights and experts [T, K], or a map [T, E] instead of experts, in any order within a row.
+
+    A router breaks ties as it likes: where it chooses for itself, other experts of the same score are right as well.
+    """
+    spec, k = inputs.spec, inputs.rows.shape[1]
+    if experts.dtype == torch.bool:
+        experts = experts.int().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        weights = weights.gather(1, experts)
+    expected = reference.replay_topk(inputs.logits, inputs.rows, spec, state=inputs.state, bias=inputs.bias)
+    (mine, a), (theirs, b) = experts.sort(dim=1), expected.experts.sort(dim=1)
+    same = (mine == theirs).all(dim=1)
+    other = ~same
+    if inputs.state is None:
+        assert same.all(), f"other experts than the recorded ones in {int(other.sum())} rows"
+    else:
+        select = reference.selection(inputs.logits.double(), spec, inputs.bias)
+        best, wanted = (select.gather(1, ids).sort(dim=1).values for ids in (mine, theirs))
+        other = (best - wanted).abs().amax(dim=1) > 1e-6 * select.abs().max()
+        # Groups whose scores tie but for rounding are rare, and open other experts.
+        assert other.float().mean() < 1e-4, f"experts of other scores in {int(other.sum())} rows"
+    by_expert = (weights.gather(1, a) - expected.weights.gather(1, b))[same]
+    by_size = (weights.sort(dim=1).values - expected.weights.sort(dim=1).values)[~other]
+    error = torch.cat([by_expert, by_size]).abs().max()
+    allowed = 4 * torch.finfo(expected.weights.dtype).eps * expected.weights.max()
+    assert error <= allowed, f"weights are {float(error):.3g} off, at most {float(allowed):.3g}"
+
+
+def check_gradient(inputs: Inputs, grad: Tensor) -> None:
+    """The gradient [T, E] of the logits, for replayed rows and the upstream gradient."""
+    experts, logits = inputs.rows.long(), inputs.logits.double()
+    gold = reference.replay_topk_backward(logits, experts, inputs.spec, upstream(inputs).double())
+    error = (grad.double() - gold).norm() / gold.norm()
+    assert error <= 8 * torch.finfo(grad.dtype).eps, f"gradient is {float(error):.3g} of its norm off"
+
+
+# --- who does it -----------------------------------------------------------------------------------------------------
+
+
+def ours(logits: Tensor, inputs: Inputs, stats: RouteStats | None) -> tuple[Tensor, Tensor]:
+    """The op; weights and experts [T, K] of logits [T, E]."""
     return replay_topk(logits, inputs.rows, inputs.spec, state=inputs.state, bias=inputs.bias, stats=stats)
 
 
-def plain(logits: Tensor, inputs: Inputs, stats: RouteStats | None = None) -> tuple[Tensor, Tensor]:
-    """The definition; weights and experts [T, K]."""
-    out = reference.replay_topk(logits, inputs.rows, inputs.spec, state=inputs.state, bias=inputs.bias)
-    if stats is not None:
-        stats.counters.add_(reference.route_counts(out, inputs.rows))
+def plain(logits: Tensor, inputs: Inputs, stats: RouteStats | None) -> tuple[Tensor, Tensor]:
+    """The definition; weights and experts [T, K] of logits [T, E]."""
+    rows, spec, bias = inputs.rows, inputs.spec, inputs.bias
+    out = reference.replay_topk(logits, rows, spec, state=inputs.state, bias=bias)
+    if stats is not None and stats.load is not None:
+        stats.counters.add_(reference.route_counts(out, rows))
+        stats.margin.add_(reference.route_margin(out, logits, rows, spec, bias))
+        stats.load.add_(reference.route_load(out, logits.shape[1]))
     return out.weights, out.experts
 
 
-def call_of(route: Any, inputs: Inputs, work: Work, stats: RouteStats) -> Callable[[], Any]:
-    """A call of a route [T, E] -> [T, K] on its inputs."""
-    counted = stats if work.count else None
-    if not work.backward:
-        return torch.no_grad()(partial(route, inputs.logits, inputs, counted))
-    leaf = inputs.logits.detach().requires_grad_()
-    grad = torch.ones(inputs.rows.shape, device=leaf.device)
+def implementation(route: Route, work: Work, note: str = "") -> Implementation[Inputs]:
+    """A route whose call gives weights and experts, or the gradient of the logits."""
 
-    def both() -> Any:
-        weights, _ = route(leaf, inputs, counted)
-        return torch.autograd.grad(weights, leaf, grad.to(weights.dtype))
+    def bind(inputs: Inputs) -> Callable[[], Any]:
+        experts = inputs.logits.shape[1]
+        stats = RouteStats.zeros(inputs.logits.device, experts) if work.count else None
+        if not work.backward:
+            return torch.no_grad()(lambda: route(inputs.logits, inputs, stats))
+        leaf, grad = inputs.logits.detach().requires_grad_(), upstream(inputs)
+        dense = grad.new_zeros(leaf.shape).scatter(1, inputs.rows.long(), grad)
 
-    return both
+        def both() -> Any:
+            weights, _ = route(leaf, inputs, stats)
+            return torch.autograd.grad(weights, leaf, grad if weights.shape == grad.shape else dense)
+
+        return both
+
+    return Implementation(bind=bind, note=note)
 
 
-def measure(model: str, tokens: int, device: torch.device, repeats: int, compiled: bool) -> list[dict[str, Any]]:
-    """Rows of results for a model's shape: every work, every implementation; checked before it is timed."""
-    stats, results = RouteStats.zeros(device), []
-    for work in WORKS:
-        first = make(model, tokens, 0, work.free, device)
-        check(first, device)
-        count = harness.rotation(first.logits.nbytes + first.rows.nbytes, device)
-        inputs = [first, *(make(model, tokens, seed, work.free, device) for seed in range(1, count))]
-        routes: dict[str, Any] = {"pacenote": ours, "plain": plain}
-        if compiled:
-            torch.compiler.reset()
-            routes["compiled"] = torch.compile(plain, dynamic=False)
-        for name, route in routes.items():
-            timing = harness.time_calls([call_of(route, one, work, stats) for one in inputs], device, repeats)
-            row = {
-                "model": model,
-                "tokens": tokens,
-                "experts": first.logits.shape[1],
-                "k": first.rows.shape[1],
-                "logits": str(first.logits.dtype)[6:],
-                "rows": str(first.rows.dtype)[6:],
-                "work": work.name,
-                "implementation": name,
-                **timing.row(floor_bytes(first, work)),
-            }
-            results.append(row)
-            floor = f"  floor {row['floor_us']:.1f} us" if timing.on_gpu else ""
-            print(
-                f"{model:>14} T={tokens:<7} {work.name:<20} {name:<9} {row['median_us']:>10.1f} us "
-                f"[{row['p10_us']:.1f}, {row['p90_us']:.1f}]{floor}",
-                flush=True,
+def compiled(work: Work, setting: harness.Setting) -> Router:
+    """The definition, compiled."""
+    if work.count or work.free:
+        return Absent("only plain replay is compiled, with its backward pass: the rest is the same code")
+    found = setting.compile(plain)
+    return found if isinstance(found, Absent) else implementation(found, work)
+
+
+def megatron(work: Work, model: Model, **options: Any) -> Router:
+    """megatron-core's router; its own replay holds what is replayed, as int64."""
+    module, replaying = peers.megatron(), peers.megatron("router_replay")
+    if not isinstance(module, ModuleType) or not isinstance(replaying, ModuleType):
+        return module if isinstance(module, Absent) else Absent("this megatron-core has no router replay")
+    if work.count:
+        return Absent("megatron-core counts no replayed, refused or flipped rows")
+    if options.get("fused") and not module.HAVE_TE:
+        return Absent("megatron-core's fused router is transformer-engine's, which is not installed")
+    if options.get("fused") and not work.free:
+        return Absent("megatron-core's fused router does not know its router replay")
+    spec = model.family.spec
+    given = {
+        "score_function": "sigmoid" if spec.score == "sigmoid" else "softmax",
+        "scaling_factor": None if spec.scale == 1.0 else spec.scale,
+        "num_groups": spec.groups if spec.groups > 1 else None,
+        "group_topk": spec.topk_groups if spec.groups > 1 else None,
+        **options,
+    }
+
+    def bind(inputs: Inputs) -> Callable[[], Any]:
+        replay = None
+        if not work.free:
+            replay = replaying.RouterReplay()
+            replaying.RouterReplay.clear_global_router_replay_instances()
+            replay.set_target_indices(inputs.rows.long())
+            replay.set_router_replay_action(replaying.RouterReplayAction.REPLAY_FORWARD)
+
+        def route(logits: Tensor, inputs: Inputs, stats: RouteStats | None) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = module.topk_routing_with_score_function(
+                logits, inputs.rows.shape[1], expert_bias=inputs.bias, router_replay=replay, **given
             )
-    return results
+            return found
+
+        return implementation(route, work).bind(inputs)
+
+    return Implementation(bind=bind, note="" if work.free else "rows made int64 beforehand; none is checked")
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.route", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tokens", type=int, nargs="+", help="default: 8k, 32k and 128k on a GPU, else 256")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=int, help="default: 50 on a GPU, else 5")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args()
-    device = harness.pick_device()
-    on_gpu = device.type == "cuda"
-    sizes = options.tokens or ([8192, 32768, 131072] if on_gpu else [256])
-    facts = harness.machine(device)
-    if not on_gpu:
-        print(f"No GPU here. {facts['note']}.", flush=True)
-    rows = []
-    for model in options.models:
-        for tokens in sizes:
-            # Compiling takes longer than measuring: one size shows what it does.
-            compiled = on_gpu and not options.no_compile and tokens == sizes[len(sizes) // 2]
-            rows += measure(model, tokens, device, options.repeats or (50 if on_gpu else 5), compiled)
-            path = harness.write("route", facts, rows, options.out)  # what is measured stays, if a later size fails
-    print(f"written: {path}")
+def cases(name: str, tokens: int, setting: harness.Setting) -> Iterator[Case[Inputs]]:
+    """Every work at one shape."""
+    model = MODELS[name]
+    for work in WORKS:
+        implementations: dict[str, Router] = {
+            OURS: implementation(ours, work),
+            "plain": implementation(plain, work),
+            "compiled": compiled(work, setting),
+            "megatron": megatron(work, model),
+            "megatron-topk": megatron(work, model, dense_output=True),
+            "megatron-fused": megatron(work, model, fused=True),
+            "liger": Absent("liger-kernel has no router: its fused mixture of experts begins with chosen experts"),
+            "torch": Absent("torch has no fused router"),
+        }
+        yield Case(
+            model=name,
+            tokens=tokens,
+            work=work.name,
+            shape={
+                "experts": model.experts,
+                "k": model.k,
+                "logits": str(model.logits)[6:],
+                "rows": str(model.ids)[6:],
+            },
+            floor=floor(model, tokens, work),
+            make=partial(make, model, tokens, work, setting.device),
+            check=partial(check, work),
+            implementations=implementations,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.main("route", __doc__.splitlines()[0], cases))
