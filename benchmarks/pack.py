@@ -132,7 +132,7 @@ def floor(model: Model, tokens: int, from_host: bool) -> Floor:
     """Rows read once and written once, the rest as the launcher of `pack_triton` counts it; and the upload."""
     rows = model.layers * model.k * model.ids.itemsize
     upload = tokens * (rows + 10) if from_host else 0  # a token, a mask, a logprob, a provenance
-    return Floor(bytes=tokens * (2 * rows + 51), upload=upload)
+    return Floor(bytes=tokens * (2 * rows + 48), upload=upload)
 
 
 def check(inputs: Inputs, result: Any) -> None:
@@ -172,7 +172,7 @@ def ours(inputs: Inputs) -> tuple[Tensor, ...]:
     """The op."""
     table, layers, total, num = inputs.table, inputs.layers, inputs.total, inputs.ragged.num_experts
     packed: tuple[Tensor, ...] = torch.ops.pacenote.pack(
-        table, *inputs.sources, layers, total, 1, 0, 0, total, num, CODES
+        table, *inputs.sources, layers, 0, total, 1, 0, 0, total, num, CODES
     )
     return packed
 

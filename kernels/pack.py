@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pacenote.kernels import launch, reference
 from pacenote.kernels.layout import Layout, stage_layers
-from pacenote.kernels.ragged import Ragged, Sample
-from pacenote.kernels.spec import CACHED, DECODE, MAX_EXPERTS, PREFILL
+from pacenote.kernels.ragged import Part, Ragged, Sample, upload
+from pacenote.kernels.spec import CACHED, DECODE, MAX_EXPERTS, MISSING, PREFILL, RECOMPUTED
 
 __all__ = ["Layout", "PackedBatch", "Ragged", "Routes", "Sample", "pack", "pack_ragged", "stage_layers"]
 
@@ -53,7 +53,8 @@ class PackedBatch:
         cu_seqlens: [S+1] int32, where each sample starts on all ranks together, samples unpadded; without context
             parallelism that is its place in this batch, and the last entry is T without the padding.
         cu_seqlens_padded: [S+1] int32, the same with padded samples (the `_padded` of megatron-core's PackedSeqParams);
-            divided by cp_size it is the sample's place in this batch.
+            divided by cp_size it is the sample's place in this batch. What stands behind the last entry belongs to no
+            sample: attention over variable lengths leaves it unwritten, so let it have a sequence of its own there.
         segment_ids: [T] int32, the sample; -1 in the padding at the end.
         routes: experts of every position, or None when no sample brought any.
         num_samples: S, the samples with something to train on.
@@ -111,7 +112,7 @@ def pack(
     Args:
         samples: the trajectories.
         max_len: tokens a sample may have; the tail beyond is cut from every array alike.
-        device: where the batch goes; to a GPU in one copy from pinned memory, nothing waits for it.
+        device: where the batch goes; to a GPU from pinned memory, nothing waits for it.
         advantages: a number a sample, or an array [N] of its tokens; None: zeros, for scoring.
         pad_to_multiple: T becomes a multiple of this.
         num_experts: E; None takes it from the samples. Needed for padding, and decides uint8 (E <= 256) or uint16.
@@ -125,8 +126,6 @@ def pack(
             have different [L, K], ids that their dtype cannot hold, a logprob or advantage of a trained token that is
             not finite.
     """
-    if (max_len is not None and max_len < 2) or pad_to_multiple < 1:
-        raise ValueError(f"expected max_len >= 2 and pad_to_multiple >= 1, got {max_len} and {pad_to_multiple}")
     ragged = Ragged.of(samples, max_len=max_len, advantages=advantages, num_experts=num_experts, device=device)
     return pack_ragged(
         ragged, pad_to_multiple=pad_to_multiple, layers=layers, replay_provenance=replay_provenance, layout=layout
@@ -141,23 +140,38 @@ def pack_ragged(
     replay_provenance: Sequence[int] = (PREFILL, DECODE, CACHED),
     layout: Layout | None = None,
 ) -> PackedBatch:
-    """Pack samples that are on the device: one launch, after a table of 32 bytes a sample has gone there.
+    """Pack samples that are on the device: one small copy (a table of some 40 bytes a sample), one launch.
 
-    Several layouts can be cut from one Ragged. Arguments as for `pack`.
+    Several layouts can be cut from one Ragged. Arguments as for `pack`. Not for a CUDA graph, which would keep the
+    address of the copy's source.
 
     Raises:
         ValueError: an argument that does not fit, padding without a number of experts, T of 2^31 or more.
     """
+    if pad_to_multiple < 1:
+        raise ValueError(f"expected pad_to_multiple >= 1, got {pad_to_multiple}")
+    codes = {int(code) for code in replay_provenance}
+    if not codes <= set(range(MISSING, RECOMPUTED + 1)):
+        raise ValueError(f"expected codes of provenance within {MISSING}..{RECOMPUTED}, got {sorted(codes)}")
     layout = layout or Layout()
     kept = np.flatnonzero(ragged.kept)
     plan = _Plan.of(ragged, kept, pad_to_multiple, layout)
     device, experts = ragged.tokens.device, ragged.experts
     if experts is not None and ragged.num_experts is None and (plan.padding or not ragged.has_rows[kept].all()):
         raise ValueError("expected num_experts: padding, and samples without rows, are spread over the expert range")
-    run = plan.total // layout.sp_size
-    codes = sum(1 << code for code in {int(code) for code in replay_provenance})
+    part = plan.total // layout.sp_size
+    take = _layer_table(layers, 0 if experts is None else experts.shape[1])
+    small = upload(
+        [
+            Part("table", [plan.table.reshape(-1)], np.int64),
+            Part("layers", [take], np.int64),
+            Part("cu_seqlens", [plan.cu_seqlens], np.int32),
+            Part("cu_seqlens_padded", [plan.cu_seqlens_padded], np.int32),
+        ],
+        device,
+    )
     fields = _pack(
-        _to(plan.table, device),
+        small["table"].view(4, -1),
         ragged.tokens,
         ragged.loss_mask,
         ragged.logprobs,
@@ -165,14 +179,15 @@ def pack_ragged(
         experts,
         ragged.provenance,
         ragged.fresh,
-        _to(_layer_table(layers, 0 if experts is None else experts.shape[1]), device),
+        small["layers"],
+        _first_of_run(take),
         plan.total,
         layout.cp_size,
         layout.cp_rank,
-        layout.sp_rank * run,
-        run,
+        layout.sp_rank * part,
+        part,
         ragged.num_experts or MAX_EXPERTS,
-        codes,
+        sum(1 << code for code in codes),
     )
     packed = reference.Packed(*fields)
     routes = None
@@ -186,8 +201,8 @@ def pack_ragged(
         advantages=packed.advantages,
         old_logprobs=None,
         positions=packed.positions,
-        cu_seqlens=_to(plan.cu_seqlens, device),
-        cu_seqlens_padded=_to(plan.cu_seqlens_padded, device),
+        cu_seqlens=small["cu_seqlens"],
+        cu_seqlens_padded=small["cu_seqlens_padded"],
         segment_ids=packed.segment_ids,
         routes=routes,
         num_samples=len(kept),
@@ -241,24 +256,27 @@ class _Plan:
 
 def _layer_table(layers: Sequence[int] | None, num_layers: int) -> NDArray[np.int64]:
     """[L'] places on the L axis."""
-    take = np.arange(num_layers) if layers is None else np.asarray(layers, dtype=np.int64).reshape(-1)
-    if num_layers and len(take) and (take.min() < 0 or take.max() >= num_layers):
+    if layers is None:
+        return np.arange(num_layers)
+    take = np.asarray(layers)
+    if take.ndim != 1 or (take.size and take.dtype.kind not in "iu"):
+        raise ValueError(f"expected layers as a list of places, got {list(take.shape)} of {take.dtype}")
+    if num_layers and take.size and (take.min() < 0 or take.max() >= num_layers):
         raise ValueError(f"expected layers within the {num_layers} of the samples' rows, got {take.tolist()}")
-    return take
+    return take.astype(np.int64)
 
 
-def _to(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A small array on a device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _first_of_run(take: NDArray[np.int64]) -> int:
+    """The first place if they all follow one another, as all layers and a stage's do; else -1."""
+    return int(take[0]) if take.size and (np.diff(take) == 1).all() else -1
 
 
 @torch.library.custom_op(
     "pacenote::pack",
     mutates_args=(),
     schema="(Tensor table, Tensor tokens, Tensor loss_mask, Tensor logprobs, Tensor advantages, Tensor? experts, "
-    "Tensor? provenance, Tensor? fresh, Tensor layers, SymInt total, SymInt cp_size, SymInt cp_rank, SymInt first, "
-    "SymInt routed, SymInt num_experts, SymInt codes) -> (" + ", ".join(["Tensor"] * 9) + ")",
+    "Tensor? provenance, Tensor? fresh, Tensor layers, SymInt run, SymInt total, SymInt cp_size, SymInt cp_rank, "
+    "SymInt first, SymInt routed, SymInt num_experts, SymInt codes) -> (" + ", ".join(["Tensor"] * 9) + ")",
 )
 def _pack(
     table: Tensor,
@@ -270,6 +288,7 @@ def _pack(
     provenance: Tensor | None,
     fresh: Tensor | None,
     layers: Tensor,
+    run: int,
     total: int,
     cp_size: int,
     cp_rank: int,
@@ -281,14 +300,14 @@ def _pack(
     """The fields of `reference.Packed`; `routed` positions from `first` on are those whose routes are written.
 
     table [4, S+1] int64 as `reference.pack_index` says; tokens, loss_mask, logprobs, advantages [N]; experts [R, L, K];
-    provenance, fresh [R]; layers [L'] int64.
+    provenance, fresh [R]; layers [L'] int64, of which `run` is the first if each is one more than the last, else -1.
     """
     sources = (tokens, loss_mask, logprobs, advantages, experts, provenance, fresh)
     if launch.takes_triton(tokens):
         from pacenote.kernels import pack_triton
 
         return pack_triton.pack(
-            table, *sources, layers, total, cp_size, cp_rank, first, routed, num_experts=num_experts, codes=codes
+            table, *sources, layers, run, total, cp_size, cp_rank, first, routed, num_experts=num_experts, codes=codes
         )
     index = reference.pack_index(table, total, cp_size, cp_rank)
     packed = reference.pack(
@@ -308,6 +327,7 @@ def _(
     provenance: Tensor | None,
     fresh: Tensor | None,
     layers: Tensor,
+    run: int,
     total: int,
     cp_size: int,
     cp_rank: int,

@@ -58,7 +58,7 @@ def spread_words(r, w, word, K: tl.constexpr, E: tl.constexpr, IDS: tl.constexpr
 
 
 # Numbers that change from batch to batch do not make another kernel by being 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["T", "samples", "steps", "cp_size", "cp_rank", "first", "codes"])
+@triton.jit(do_not_specialize=["T", "samples", "steps", "cp_size", "cp_rank", "first", "codes", "run"])
 def _pack_kernel(
     table,  # [4, S+1] int64
     tokens,  # [N]
@@ -88,6 +88,7 @@ def _pack_kernel(
     codes,
     num_layers,  # L
     taken,  # L'
+    run,  # the first of the layers
     layer_blocks,
     W: tl.constexpr,
     K: tl.constexpr,
@@ -97,6 +98,7 @@ def _pack_kernel(
     BT: tl.constexpr,
     BL: tl.constexpr,
     BW: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     block = tl.program_id(0) // layer_blocks
     part = tl.program_id(0) % layer_blocks
@@ -135,10 +137,18 @@ def _pack_kernel(
 
         l = part * BL + tl.arange(0, BL)  # noqa: E741
         w = tl.arange(0, BW)
-        layer = tl.load(layers + l, mask=l < taken, other=0)
-        inside = (l < taken)[None, :, None] & (w < W)[None, None, :]
-        there = (row * num_layers * W)[:, None, None] + (layer * W)[None, :, None] + w[None, None, :]
-        tile = tl.load(words + there, mask=(held & mine)[:, None, None] & inside, other=0)
+        held_here = (held & mine)[:, None]
+        base = row * num_layers * W
+        if RUN and W == BW:  # the words of a row stand in one run, and so do the lanes that read them
+            c = tl.arange(0, BL * BW)
+            there = base[:, None] + (run + part * BL) * W + c[None, :]
+            tile = tl.load(words + there, mask=held_here & (c < (taken - part * BL) * W)[None, :], other=0)
+            tile = tl.reshape(tile, [BT, BL, BW])
+        else:
+            layer = tl.load(layers + l, mask=l < taken, other=0)
+            inside = (l < taken)[None, :, None] & (w < W)[None, None, :]
+            there = base[:, None, None] + (layer * W)[None, :, None] + w[None, None, :]
+            tile = tl.load(words + there, mask=held_here[:, :, None] & inside, other=0)
         nowhere = tl.where(r < 0, 0, r).to(tl.int32)
         tile = tl.where(held[:, None, None], tile, spread_words(nowhere, w, words, K, E, IDS, BITS)[:, None, :])
         tile = tl.permute(tile, (1, 0, 2))  # so that neighbours write neighbouring positions of a layer
@@ -156,6 +166,7 @@ def pack(
     provenance: Tensor | None,
     fresh: Tensor | None,
     layers: Tensor,
+    run: int,
     total: int,
     cp_size: int,
     cp_rank: int,
@@ -180,6 +191,7 @@ def pack(
         provenance: [R] uint8, or None without experts.
         fresh: [R] bool or None.
         layers: [L'] int64, places on the L axis.
+        run: the first of them, if each is one more than the last, else -1.
         total: T.
         cp_size: context-parallel ranks.
         cp_rank: this one.
@@ -233,6 +245,7 @@ def pack(
             codes,
             num_layers,
             taken,
+            max(run, 0),
             layer_blocks,
             W=width,
             K=k,
@@ -242,6 +255,7 @@ def pack(
             BT=bt,
             BL=bl,
             BW=bw,
+            RUN=run >= 0,
             num_warps=4,
         )
     return fields

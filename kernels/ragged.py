@@ -15,6 +15,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from pacenote.kernels import check
+from pacenote.kernels.spec import MAX_TOP_K, MISSING, RECOMPUTED
+
 
 class Sample(Protocol):
     """What is packed: arrays of one length N; rows and their provenance have N - 1. A `num_experts` is used if there.
@@ -78,6 +81,45 @@ class Ragged:
     has_rows: NDArray[np.bool_]
     num_experts: int | None
 
+    def __post_init__(self) -> None:
+        """Check that the arrays belong together: a kernel would read beyond one that is too short.
+
+        Raises:
+            ValueError: they do not.
+        """
+        device, samples = self.tokens.device, (len(self.lengths),)
+        for name in ("kept", "has_rows"):
+            if np.shape(getattr(self, name)) != samples:
+                raise ValueError(f"expected {name} {list(samples)}, got {list(np.shape(getattr(self, name)))}")
+        if not ((self.kept >= 0) & (self.kept <= self.lengths) & (self.kept != 1)).all():
+            raise ValueError("expected 0, or 2 to lengths, tokens kept of each sample, got others")
+        if self.num_experts is not None and not 1 <= self.num_experts <= 1 << 16:
+            raise ValueError(f"expected num_experts within 1..65536, which uint16 holds, got {self.num_experts}")
+        tokens = int(np.sum(self.lengths))
+        for name, dtype in (
+            ("tokens", torch.int32),
+            ("loss_mask", torch.bool),
+            ("logprobs", torch.float32),
+            ("advantages", torch.float32),
+        ):
+            check.tensor(getattr(self, name), name, (tokens,), (dtype,), device)
+        if self.experts is None:
+            return
+        rows = int((self.lengths - 1)[self.has_rows].sum())
+        check.tensor(self.experts, "experts", (rows, None, None), (torch.uint8, torch.uint16), device)
+        check.tensor(self.provenance, "provenance", (rows,), (torch.uint8,), device)
+        if self.fresh is not None:
+            check.tensor(self.fresh, "fresh", (rows,), (torch.bool,), device)
+        layers, k = self.experts.shape[1:]
+        if layers < 1 or not 1 <= k <= MAX_TOP_K:
+            raise ValueError(f"expected rows of 1 layer or more and 1..{MAX_TOP_K} experts, got L={layers}, K={k}")
+        if self.num_experts is None:
+            return
+        if self.experts.dtype == torch.uint8 and self.num_experts > 256:
+            raise ValueError(f"expected rows of {self.num_experts} experts as uint16, got uint8")
+        if k > self.num_experts:
+            raise ValueError(f"expected rows of at most {self.num_experts} experts a token, got {k}")
+
     @classmethod
     def of(
         cls,
@@ -100,6 +142,8 @@ class Ragged:
         Raises:
             ValueError: as `pack.pack` says.
         """
+        if max_len is not None and max_len < 2:
+            raise ValueError(f"expected max_len >= 2, got {max_len}")
         if advantages is not None and len(advantages) != len(samples):
             raise ValueError(f"expected an advantage for each of {len(samples)} samples, got {len(advantages)}")
         for number, sample in enumerate(samples):
@@ -116,19 +160,19 @@ class Ragged:
         rows = [sample.experts for sample in chosen if sample.experts is not None]
         num_experts, dtype, shape = _geometry(rows, chosen, num_experts)
         parts = [
-            _Part("tokens", [sample.tokens for sample in chosen], np.int32),
-            _Part("loss_mask", [np.asarray(sample.loss_mask, dtype=bool) for sample in chosen], np.bool_),
-            _Part("logprobs", [sample.logprobs for sample in chosen], np.float32),
-            _Part("advantages", given, np.float32),
+            Part("tokens", [sample.tokens for sample in chosen], np.int32),
+            Part("loss_mask", [np.asarray(sample.loss_mask, dtype=bool) for sample in chosen], np.bool_),
+            Part("logprobs", [sample.logprobs for sample in chosen], np.float32),
+            Part("advantages", given, np.float32),
         ]
         if rows:
-            parts.append(_Part("experts", rows, dtype, shape))
-            parts.append(_Part("provenance", [s.provenance for s in chosen if s.experts is not None], np.uint8))
+            parts.append(Part("experts", rows, dtype, shape))
+            parts.append(Part("provenance", [s.provenance for s in chosen if s.experts is not None], np.uint8))
         lengths = [(s, n) for s, n in zip(samples, kept, strict=True) if n and s.experts is not None]
         fresh = [_fresh(sample, n) for sample, n in lengths]
         if not all(part.all() for part in fresh):
-            parts.append(_Part("fresh", fresh, np.bool_))
-        there = _upload(parts, torch.device(device))
+            parts.append(Part("fresh", fresh, np.bool_))
+        there = upload(parts, torch.device(device))
         return cls(
             tokens=there["tokens"],
             loss_mask=there["loss_mask"],
@@ -145,8 +189,8 @@ class Ragged:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Arrays [any, *shape] of the samples, which stand end to end in one of a dtype."""
+class Part:
+    """Arrays [any, *shape] that stand end to end in one of a dtype."""
 
     name: str
     arrays: Sequence[NDArray[Any]]
@@ -158,23 +202,28 @@ _ALIGN = 128
 """Bytes that each part starts at a multiple of: rows are read in words of up to eight."""
 
 
-def _upload(parts: Sequence[_Part], device: torch.device) -> dict[str, Tensor]:
-    """Each part's tensor [any, *shape], views of one buffer that is copied to the device at once."""
+def upload(parts: Sequence[Part], device: torch.device) -> dict[str, Tensor]:
+    """Each part's tensor [any, *shape], views of one buffer that goes to the device in one copy; nobody waits for it.
+
+    To a GPU it goes from pinned memory, which torch keeps until the copy is done.
+    """
     places, end = [], 0
     for part in parts:
         size = sum(np.size(array) for array in part.arrays) * np.dtype(part.dtype).itemsize
         places.append(slice(end, end + size))
         end = -(-(end + size) // _ALIGN) * _ALIGN
-    buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffer = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     host, kinds = buffer.numpy(), []
     for part, place in zip(parts, places, strict=True):
-        out = host[place].view(part.dtype).reshape(-1, *part.shape)
+        rows = sum(len(array) for array in part.arrays)
+        out = host[place].view(part.dtype).reshape(rows, *part.shape)
         kinds.append(torch.from_numpy(out).dtype)
         if part.arrays:
-            np.concatenate(part.arrays, out=out, casting="unsafe")  # what does not fit was refused
+            with np.errstate(over="ignore"):  # a logprob that is not trained may be anything; all else was checked
+                np.concatenate(part.arrays, out=out, casting="unsafe")
     buffer = buffer.to(device, non_blocking=True)
     return {
-        part.name: buffer[place].view(kind).reshape(-1, *part.shape)
+        part.name: buffer[place].view(kind).reshape(sum(len(array) for array in part.arrays), *part.shape)
         for part, place, kind in zip(parts, places, kinds, strict=True)
     }
 
@@ -202,6 +251,11 @@ def _check_sample(sample: Sample, index: int) -> None:
         array = np.asarray(getattr(sample, name))
         if array.size and array.dtype.kind not in kinds:
             raise ValueError(f"expected sample {index}'s {name} as {words}, got {array.dtype}")
+    codes = np.asarray(sample.provenance)
+    if rows and not (codes.min() >= MISSING and codes.max() <= RECOMPUTED):
+        raise ValueError(
+            f"expected sample {index}'s provenance within {MISSING}..{RECOMPUTED}, got {codes.min()}..{codes.max()}"
+        )
     tokens = np.asarray(sample.tokens)
     if n and (int(tokens.min()) < -(2**31) or int(tokens.max()) >= 2**31):
         raise ValueError(f"expected sample {index}'s tokens within int32, got {int(tokens.min())}..{int(tokens.max())}")
@@ -218,8 +272,10 @@ def _check_sample(sample: Sample, index: int) -> None:
 def _by_token(advantage: float | NDArray[Any], sample: Sample, number: int) -> NDArray[Any]:
     """[N] advantages of a sample's tokens."""
     values, n = np.asarray(advantage), len(sample.tokens)
-    if values.shape not in ((), (n,)):
-        raise ValueError(f"expected sample {number}'s advantage as a number or [{n}], got {list(values.shape)}")
+    if values.shape not in ((), (n,)) or values.dtype.kind not in "biuf":
+        raise ValueError(
+            f"expected sample {number}'s advantage as a number or [{n}], got {list(values.shape)} of {values.dtype}"
+        )
     return np.broadcast_to(values, n)
 
 
@@ -253,8 +309,6 @@ def _geometry(
         raise ValueError(f"expected samples of one number of experts, got {sorted(known)}")
     num_experts = next(iter(known), None)
     shape = next(iter(shapes), (0, 0))
-    if shapes and num_experts is not None and shape[1] > num_experts:
-        raise ValueError(f"expected rows of at most {num_experts} experts a token, got {shape[1]}")
     return num_experts, _row_dtype(experts, num_experts), shape
 
 

@@ -403,8 +403,9 @@ def segment_sum(
     Segments stand one after another, -1 (no segment) at the end. Added in order of position: no atomics on floats, so
     the result repeats on any device.
     """
-    counted = segment_ids >= 0 if mask is None else mask & (segment_ids >= 0)
-    ids = torch.where(segment_ids < 0, num_segments, segment_ids).long()
+    known = (segment_ids >= 0) & (segment_ids < num_segments)
+    counted = known if mask is None else mask & known
+    ids = torch.where(known, segment_ids, num_segments).long()
     lengths = torch.zeros(num_segments + 1, dtype=torch.int64, device=values.device)
     counts = lengths.index_add(0, ids, counted.long())[:num_segments]
     if values.numel() == 0:
@@ -418,8 +419,9 @@ def segment_spread(grad: Tensor, segment_ids: Tensor, mask: Tensor | None = None
     """[T] the number of `grad` [S] that belongs to each position's segment; 0 where there is none or no mask is set."""
     if not grad.numel():
         return grad.new_zeros(segment_ids.shape)
-    taken = segment_ids >= 0 if mask is None else mask & (segment_ids >= 0)
-    return torch.where(taken, grad[segment_ids.clamp(min=0).long()], 0.0)
+    known = (segment_ids >= 0) & (segment_ids < len(grad))
+    taken = known if mask is None else mask & known
+    return torch.where(taken, grad[torch.where(known, segment_ids, 0).long()], 0.0)
 
 
 # --- logprob ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int, *, mask:
     Args:
         values: [T] floating.
         segment_ids: [T] int32 or int64, never falling; -1 belongs to no segment, and stands at the end.
-        num_segments: S; ids are below it.
+        num_segments: S; an id that is not below it belongs to no segment either.
         mask: [T] bool; None: every position counts.
 
     Returns:
@@ -51,6 +51,8 @@ def _sums(values: Tensor, segment_ids: Tensor, num_segments: int, mask: Tensor |
     check.tensor(segment_ids, "segment_ids", tuple(values.shape), (torch.int32, torch.int64), values.device)
     if mask is not None:
         check.tensor(mask, "mask", tuple(values.shape), (torch.bool,), values.device)
+    if len(values) >= 2**30:
+        raise ValueError(f"expected fewer than 2^30 positions, got {len(values)}: sum a part at a time")
     if num_segments < 0:
         raise ValueError(f"expected num_segments >= 0, got {num_segments}")
     sums, counts = _forward(values, segment_ids, mask, num_segments)

@@ -26,9 +26,9 @@ def edges(segment_ids, edge, T, samples, steps):
     low = tl.zeros_like(edge)
     high = low + T
     for _ in range(steps):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         more = low < high
-        found = tl.load(segment_ids + middle, mask=more, other=0).to(tl.int32)
+        found = tl.load(segment_ids + middle, mask=more, other=0)
         below = tl.where(found < 0, samples, found) < edge
         low = tl.where(more & below, middle + 1, low)
         high = tl.where(more & (below == 0), middle, high)
@@ -66,18 +66,19 @@ def _sum_kernel(
     tl.store(counts + tl.program_id(0), tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "samples"])
 def _spread_kernel(
     grad,  # [S]
     segment_ids,  # [T]
     mask,  # [T] uint8 or None
     out,  # [T]
     T,
+    samples,
     BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     segment = tl.load(segment_ids + t, mask=t < T, other=-1)
-    taken = segment >= 0
+    taken = (segment >= 0) & (segment < samples)
     if mask is not None:
         taken &= tl.load(mask + t, mask=t < T, other=0) != 0
     slope = tl.load(grad + segment, mask=taken, other=0.0)
@@ -142,6 +143,7 @@ def spread(grad: Tensor, segment_ids: Tensor, mask: Tensor | None, dtype: torch.
             None if mask is None else mask.contiguous().view(torch.uint8),
             out,
             tokens,
+            len(grad),
             BLOCK=block,
             num_warps=4,
         )

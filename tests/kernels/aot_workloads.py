@@ -121,10 +121,11 @@ def pack() -> Launches:
         ("no-rows", None, 1024, 0, 0, False, 34),
     )
     for name, dtype, experts, layers, k, stale, tokens in table:
-        yield f"{name}-T{tokens - 1}", partial(_pack, dtype, experts, layers, k, stale, tokens)
+        for kind, run in (("run", 0), ("table", -1)):
+            yield f"{name}-{kind}-T{tokens - 1}", partial(_pack, dtype, experts, layers, k, stale, tokens, run)
 
 
-def _pack(dtype: torch.dtype | None, experts: int, layers: int, k: int, stale: bool, tokens: int) -> None:
+def _pack(dtype: torch.dtype | None, experts: int, layers: int, k: int, stale: bool, tokens: int, run: int) -> None:
     """Launch the kernel on one sample."""
     rows = tokens - 1
     pack_triton.pack(
@@ -137,6 +138,7 @@ def _pack(dtype: torch.dtype | None, experts: int, layers: int, k: int, stale: b
         None if dtype is None else torch.zeros(rows, dtype=torch.uint8),
         torch.ones(rows, dtype=torch.bool) if stale else None,
         torch.arange(layers),
+        run,
         rows,
         1,
         0,

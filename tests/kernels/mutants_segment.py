@@ -45,7 +45,15 @@ MUTANTS = (
     Mutant(
         "gradients ignore the mask", "taken &= tl.load(mask + t, mask=t < T, other=0) != 0", "taken &= t >= 0", "sizes"
     ),
-    Mutant("padding has a gradient", "taken = segment >= 0", "taken = segment >= -1", "padding_counts_nothing"),
+    Mutant(
+        "padding has a gradient",
+        "(segment >= 0) & (segment < samples)",
+        "(segment >= -1) & (segment < samples)",
+        "padding_counts_nothing",
+    ),
     Mutant("gradients of the segment behind", "tl.load(grad + segment,", "tl.load(grad + segment - 1,", "sizes"),
     Mutant("the last gradient is lost", "mask=t < T)\n", "mask=t < T - 1)\n", "types"),
+    Mutant(
+        "gradients beyond the last segment", "(segment >= 0) & (segment < samples)", "segment >= 0", "unknown_segments"
+    ),
 )

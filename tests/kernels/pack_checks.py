@@ -63,7 +63,7 @@ def sizes(device: torch.device) -> None:
     ):
         check(replace(random([9, 30, 2], experts=experts, k=k, layers=3), multiple=16), device)
     for layers in (47, 64, 65, 130):
-        check(replace(random([20, 5], layers=layers, k=4), multiple=8), device)
+        check(replace(random([20, 5], experts=61, layers=layers, k=4), multiple=8), device)
 
 
 @named
@@ -119,8 +119,11 @@ def sequence_parallel(device: torch.device) -> None:
 def layer_table(device: torch.device) -> None:
     """Some layers, in another order, one of them twice, none; more of them than a program takes."""
     case = random([12, 7], layers=70, k=2)
-    for taken in ([69], [3, 1, 2], [5, 5], [], list(range(69, -1, -1)), [1, 0] * 70):
+    for taken in ([69], [3, 1, 2], [5, 5], [], list(range(69, -1, -1)), [1, 0] * 70, list(range(2, 69)), [4, 5, 6]):
         check(replace(case, taken=taken, multiple=4), device)
+    wide = random([12, 7], experts=300, layers=9, k=8)
+    for some in ([2, 3, 4], [8, 0], None):
+        check(replace(wide, taken=some), device)
 
 
 @named

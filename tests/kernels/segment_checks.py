@@ -121,3 +121,15 @@ def views(device: torch.device) -> None:
     mask = (torch.arange(80, device=device) % 3 == 0)[::2]
     expected = segment_sum(values.contiguous(), ids.contiguous(), 4, mask=mask.contiguous())
     assert torch.equal(segment_sum(values, ids, 4, mask=mask), expected)
+
+
+@named
+def unknown_segments(device: torch.device) -> None:
+    """Ids that are no segment's count nothing and have no gradient, also where 32 bits would wrap them."""
+    for last in (3, 7, 2**31 - 1, 2**32, 2**40 + 1):
+        ids = torch.tensor([0, 0, 2, 2, last, last], device=device)
+        values = torch.tensor([1.0, 2.0, 3.0, 4.0, NAN, 5.0], device=device, requires_grad=True)
+        sums = segment_sum(values, ids, 3)
+        assert sums.tolist() == [3.0, 0.0, 7.0], (last, sums.tolist())
+        (grad,) = torch.autograd.grad(sums.sum(), values)
+        assert grad.tolist() == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]

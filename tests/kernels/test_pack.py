@@ -168,8 +168,22 @@ def test_ids_as_wide_as_the_experts_never_as_the_data(device: torch.device) -> N
 
 GOOD = make(0, [0, 1, 1])
 BAD: list[tuple[list[Any], dict[str, Any], str]] = [
-    ([GOOD], {"max_len": 1}, "max_len >= 2 and pad_to_multiple >= 1, got 1 and 1"),
-    ([GOOD], {"pad_to_multiple": 0}, "got None and 0"),
+    ([GOOD], {"max_len": 1}, "max_len >= 2, got 1"),
+    ([GOOD], {"pad_to_multiple": 0}, "pad_to_multiple >= 1, got 0"),
+    ([GOOD], {"replay_provenance": [5]}, r"codes of provenance within 0\.\.4, got \[5\]"),
+    ([GOOD], {"layers": [0.5]}, r"layers as a list of places, got \[1\] of float64"),
+    ([GOOD], {"layers": [False, True]}, r"layers as a list of places, got \[2\] of bool"),
+    ([GOOD], {"advantages": [None]}, r"advantage as a number or \[3\], got \[\] of object"),
+    ([GOOD], {"advantages": [1j]}, r"advantage as a number or \[3\], got \[\] of complex128"),
+    ([replace(GOOD, provenance=np.array([258, 2]))], {}, r"sample 0's provenance within 0\.\.4, got 2\.\.258"),
+    ([replace(GOOD, experts=np.zeros((2, 2, 0), np.uint8))], {}, r"1 layer or more and 1\.\.32 experts, got L=2, K=0"),
+    ([replace(GOOD, experts=np.zeros((2, 0, 2), np.uint8))], {}, "got L=0, K=2"),
+    ([replace(GOOD, experts=np.zeros((2, 1, 40), np.uint8))], {}, "got L=1, K=40"),
+    (
+        [make(0, [0, 1], dtype=np.uint16, told=False)],
+        {"num_experts": 70_000},
+        r"within 1\.\.65536, which uint16 holds, got 70000",
+    ),
     ([GOOD], {"advantages": [1.0, 2.0]}, "an advantage for each of 1 samples, got 2"),
     ([GOOD], {"advantages": [np.ones(2)]}, r"sample 0's advantage as a number or \[3\], got \[2\]"),
     ([GOOD], {"advantages": [np.ones(1)]}, r"sample 0's advantage as a number or \[3\], got \[1\]"),
@@ -213,6 +227,40 @@ def test_a_trained_token_has_a_finite_logprob(value: float) -> None:
     with pytest.raises(ValueError, match=words):
         pack([make(0, [0, 0]), spoilt])
     assert pack([make(0, [0, 1]), spoilt], max_len=2).dropped == 1, "what is cut away is not looked at"
+
+
+def test_samples_that_do_not_belong_together(device: torch.device) -> None:
+    """A Ragged made by hand is checked: the kernel would read beyond what is too short."""
+    samples = [make(0, [0, 1, 1, 0]), make(1, [0, 1])]
+    ragged = Ragged.of(samples, max_len=None, advantages=None, num_experts=64, device=device)
+    assert ragged.provenance is not None
+    assert ragged.experts is not None
+    for changed, words in (
+        ({"kept": np.array([4])}, r"expected kept \[2\], got \[1\]"),
+        ({"kept": np.array([4, 3])}, "tokens kept of each sample"),
+        ({"kept": np.array([4, 1])}, "tokens kept of each sample"),
+        ({"lengths": np.array([40, 2])}, r"expected tokens \[42\] of int32, got \[6\] of int32"),
+        ({"has_rows": np.array([True])}, r"expected has_rows \[2\], got \[1\]"),
+        ({"has_rows": np.array([True, False])}, r"expected experts \[3, any, any\]"),
+        ({"tokens": ragged.tokens.long()}, r"expected tokens \[6\] of int32, got \[6\] of int64"),
+        ({"loss_mask": ragged.loss_mask.byte()}, r"expected loss_mask \[6\] of bool"),
+        ({"logprobs": ragged.logprobs.double()}, r"expected logprobs \[6\] of float32"),
+        ({"advantages": ragged.advantages[:2]}, r"expected advantages \[6\]"),
+        ({"provenance": ragged.provenance[:2]}, r"expected provenance \[4\]"),
+        ({"provenance": None}, r"expected provenance as a tensor \[4\] of uint8, got NoneType"),
+        ({"experts": ragged.experts[:3]}, r"expected experts \[4, any, any\]"),
+        ({"fresh": ragged.loss_mask[:1]}, r"expected fresh \[4\] of bool"),
+        ({"num_experts": 300}, "rows of 300 experts as uint16, got uint8"),
+        ({"num_experts": 1}, "at most 1 experts a token, got 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(ragged, **changed)
+
+
+def test_the_default_device_does_not_matter(device: torch.device) -> None:
+    with torch.device("meta"):
+        batch = pack([GOOD], device=device)
+    assert batch.tokens.tolist() == [1000, 1001]
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
