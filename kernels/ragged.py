@@ -190,7 +190,7 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Arrays [any, *shape] that stand end to end in one of a dtype."""
+    """Arrays [N, *shape] that stand end to end in one of a dtype."""
 
     name: str
     arrays: Sequence[NDArray[Any]]
@@ -203,7 +203,7 @@ _ALIGN = 128
 
 
 def upload(parts: Sequence[Part], device: torch.device) -> dict[str, Tensor]:
-    """Each part's tensor [any, *shape], views of one buffer that goes to the device in one copy; nobody waits for it.
+    """Each part's tensor [N, *shape], views of one buffer that goes to the device in one copy; nobody waits for it.
 
     To a GPU it goes from pinned memory, which torch keeps until the copy is done.
     """

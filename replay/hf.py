@@ -1,7 +1,7 @@
 """attach(model): record and replay the routers of a transformers mixture-of-experts model, by forward hooks only.
 
-Each router module returns (router_logits [T, E], weights [T, K], experts [T, K]); a hook replaces the last two. No
-class is patched and no forward is retyped, so `detach` leaves the model as it was.
+Each router module returns (router_logits [T, E], weights [T, K], experts [T, K]); a hook replaces the last two, in the
+dtype that the module gives. No class is patched and no forward is retyped, so `detach` leaves the model as it was.
 
 Legend: B sequences, S positions, T = B x S tokens, D hidden size, E experts, K experts a token, L MoE layers.
 """
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pacenote.kernels.reference import selection
 from pacenote.kernels.route import RouteStats, replay_topk
 from pacenote.kernels.spec import FREE, RouterSpec
 from pacenote.replay.audit import COUNTERS, Audit
@@ -27,7 +28,7 @@ from pacenote.replay.errors import ReplayError, ScopeError, UnsupportedModel
 from pacenote.replay.scope import Forward, Recording, Scope, as_rows
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config, router_spec
 
-_BIAS = "e_score_correction_bias"
+_BIASES = ("e_score_correction_bias", "expert_bias")
 _CHECK_ROWS = 64
 
 
@@ -59,17 +60,17 @@ def attach(model: nn.Module) -> Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Router:
-    """A router module, its global layer id, and the module that holds its selection bias [E], if it has one."""
+    """A router module, its global layer id, and the module and name of its selection bias, if it has one."""
 
     layer: int
     module: nn.Module
     parent: nn.Module
-    bias_owner: nn.Module | None
+    bias_at: tuple[nn.Module, str] | None
 
     @property
     def bias(self) -> Tensor | None:
         """The selection bias [E] in float32: the routers add it to float32 scores, whatever it is stored in."""
-        return None if self.bias_owner is None else getattr(self.bias_owner, _BIAS).float()
+        return None if self.bias_at is None else getattr(*self.bias_at).detach().float().reshape(-1)
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +243,8 @@ class Replay:
             rows, state = scope.take(index, logits)
             stats = self._stats[index] if inside else None
             bias = self._routers[index].bias
-            weights, experts = replay_topk(logits, rows, self.spec, state=state, bias=bias, stats=stats)
+            replayed, experts = replay_topk(logits, rows, self.spec, state=state, bias=bias, stats=stats)
+            weights = replayed.to(weights.dtype)
         if recording is not None and inside:
             recording.put(index, experts)
         return None if scope is None else (logits, weights, experts)
@@ -294,8 +296,9 @@ def _find_routers(model: nn.Module, geometry: RoutingGeometry) -> tuple[nn.Modul
 
 def _router(model: nn.Module, layer: int, name: str) -> _Router:
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    owner = next((owner for owner in (module, parent) if getattr(owner, _BIAS, None) is not None), None)
-    return _Router(layer=layer, module=module, parent=parent, bias_owner=owner)
+    owners = [(owner, name) for owner in (module, parent, *module.children()) for name in _BIASES]
+    found = [(owner, name) for owner, name in owners if isinstance(getattr(owner, name, None), Tensor)]
+    return _Router(layer=layer, module=module, parent=parent, bias_at=found[0] if found else None)
 
 
 @torch.no_grad()
@@ -310,27 +313,28 @@ def _self_check(router: _Router, spec: RouterSpec, geometry: RoutingGeometry, dt
     logits, weights, experts = _run_router(router, dtype, geometry)
     bias, where = router.bias, f"the router of layer {router.layer} ({type(router.module).__name__})"
     mine, _ = replay_topk(logits, experts, spec, bias=bias)
-    error = float((mine.float() - weights.float()).abs().max())
+    error = float((mine.to(weights.dtype).float() - weights.float()).abs().max())
     # Weights are at most `scale`; one rounding step apart is what another kernel may give.
     bound = 4 * torch.finfo(weights.dtype).eps * max(1.0, abs(spec.scale))
-    if not error <= bound or mine.dtype != weights.dtype:
+    narrower = torch.finfo(mine.dtype).eps > torch.finfo(weights.dtype).eps
+    if not error <= bound or narrower:
         raise UnsupportedModel(
             f"expected {where} to weigh experts as {spec}, its weights ({weights.dtype}) differ by {error:.3g} "
             f"from the spec's ({mine.dtype}); at most {bound:.1g} is rounding"
         )
     state = torch.full((len(logits),), FREE, dtype=torch.uint8, device=logits.device)
     _, chosen = replay_topk(logits, experts, spec, state=state, bias=bias)
-    # Equal logits in another order of experts are a tie, which torch.topk breaks as it likes.
-    same = torch.equal(_sorted_logits(logits, chosen), _sorted_logits(logits, experts))
-    if not same:
-        differ = (_sorted_logits(logits, chosen) != _sorted_logits(logits, experts)).any(-1).float().mean()
+    # Equal values of selection in another order of experts are a tie, which torch.topk breaks as it likes.
+    values = selection(logits, spec, bias)
+    differ = (_sorted_at(values, chosen) != _sorted_at(values, experts)).any(-1).float().mean()
+    if differ > 0:
         raise UnsupportedModel(
             f"expected {where} to choose experts as {spec}, {float(differ):.0%} of its choices differ from the spec's"
         )
 
 
-def _sorted_logits(logits: Tensor, experts: Tensor) -> Tensor:
-    return logits.gather(1, experts).sort(-1).values
+def _sorted_at(values: Tensor, experts: Tensor) -> Tensor:
+    return values.gather(1, experts).sort(-1).values
 
 
 def _run_router(router: _Router, dtype: torch.dtype, geometry: RoutingGeometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,7 +348,7 @@ def _run_router(router: _Router, dtype: torch.dtype, geometry: RoutingGeometry) 
     shapes = [(_CHECK_ROWS, geometry.num_experts), (_CHECK_ROWS, geometry.top_k), (_CHECK_ROWS, geometry.top_k)]
     for attempt in range(2):
         try:
-            output = module.forward(hidden, *extra)
+            output = _call(module, hidden, extra)
         except Exception as error:
             raise UnsupportedModel(
                 f"expected the router of layer {router.layer} ({type(module).__name__}) to run alone on hidden states "
@@ -361,3 +365,11 @@ def _run_router(router: _Router, dtype: torch.dtype, geometry: RoutingGeometry) 
         hidden = hidden * (8 / largest)  # large logits saturate the scores into ties
     logits, weights, experts = output
     return logits, weights, experts
+
+
+def _call(module: nn.Module, hidden: Tensor, extra: list[Any]) -> Any:
+    """The router of hidden states [T, D]; some routers flatten [B, S, D] themselves and take nothing else."""
+    try:
+        return module.forward(hidden, *extra)
+    except ValueError:
+        return module.forward(hidden[None], *extra)

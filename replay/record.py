@@ -6,6 +6,7 @@ routing of token i as an input, and the last token was never one. Dense layers h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pacenote.kernels.spec import CACHED, DECODE, MISSING, PREFILL, RECOMPUTED
 from pacenote.replay.errors import RecordError
 from pacenote.replay.spec import RoutingGeometry
+from pacenote.replay.validation import RecordReport, examine
 
 __all__ = [
     "CACHED",
@@ -26,6 +28,7 @@ __all__ = [
     "RecordReport",
     "RoutingRecord",
     "expert_dtype",
+    "runs",
 ]
 
 _PROVENANCE = (MISSING, PREFILL, DECODE, CACHED, RECOMPUTED)
@@ -123,8 +126,8 @@ class RoutingRecord:
                 f"expected integer experts of shape [rows, {shape[0]} layers, {shape[1]}], "
                 f"got {ids.dtype} {list(ids.shape)}"
             )
-        bad = (ids < 0) | (ids >= geometry.num_experts)
-        if bad.any():
+        if ids.size and not (ids.min() >= 0 and ids.max() < geometry.num_experts):
+            bad = (ids < 0) | (ids >= geometry.num_experts)
             row, layer, slot = (int(i) for i in np.argwhere(bad)[0])
             raise RecordError(
                 f"expected expert ids in 0..{geometry.num_experts - 1}, got {int(ids[row, layer, slot])} "
@@ -187,25 +190,37 @@ class RoutingRecord:
             raise RecordError(f"expected rows >= 0 to truncate to, got {rows}")
         return self if rows >= self.rows else self.slice(0, rows)
 
-    def append(self, other: RoutingRecord, *, start: int | None = None) -> RoutingRecord:
+    def append(self, other: RoutingRecord, *, start: int | None = None, prove: int = 0) -> RoutingRecord:
         """This record followed by `other`, whose first row is row `start` of the sequence (default: R).
 
         Where the two overlap, a row that only one side has is taken from that side; a row that both have under the
         same weight version must agree; under different versions the row held here stays.
 
+        Args:
+            other: the new rows.
+            start: the row of the sequence that is their first.
+            prove: rows that must have been compared, so that both are shown to be of one prefix.
+
         Raises:
-            RecordError: other layers, K or E; a gap (start > R); rows that contradict each other.
+            RecordError: other layers, K or E; a gap (start > R); rows that contradict each other; fewer than `prove`
+                rows that both sides know under one version.
         """
         self._same_shape(other)
         start = self.rows if start is None else start
         overlap = self.rows - start
         if start < 0 or overlap < 0:
             raise RecordError(f"expected rows that start within 0..{self.rows}, got start {start}: rows are missing")
-        if not overlap:
+        if not overlap and not prove:
             return RoutingRecord.concatenate([self, other])
         overlap = min(overlap, other.rows)
         mine, theirs = self.slice(start, start + overlap), other.slice(0, overlap)
         known = (mine.provenance != MISSING) & (theirs.provenance != MISSING) & (mine.version == theirs.version)
+        if known.sum() < prove:
+            raise RecordError(
+                f"expected at least {prove} rows that both records know under one weight version, got "
+                f"{int(known.sum())} in {overlap} overlapping rows: ask the engine from an earlier "
+                "routed_experts_start_len"
+            )
         clash = known & (mine.experts != theirs.experts).any(axis=(1, 2))
         if clash.any():
             raise RecordError(
@@ -241,20 +256,11 @@ class RoutingRecord:
 
     def validate(self) -> RecordReport:
         """Count what is suspicious in the rows that are not MISSING. Never raises; a report is not a verdict."""
-        known = self.experts[self.provenance != MISSING]
-        ordered = np.sort(known, axis=2)
-        zero = ~known.any(axis=2)
-        all_zero = ~self.experts.any(axis=(1, 2)) if self.experts.size else np.zeros(self.rows, dtype=bool)
-        nonzero = np.flatnonzero(~all_zero | (self.provenance == MISSING))
-        return RecordReport(
-            layers=self.layers,
-            rows=self.rows,
-            missing=self.rows - len(known),
-            out_of_range=_by_layer((known >= self.num_experts).any(axis=2)),
-            duplicate=_by_layer((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2)),
-            zero=_by_layer(zero),
-            zero_tail=self.rows - (int(nonzero[-1]) + 1 if len(nonzero) else 0),
-        )
+        return examine(self.experts, self.provenance, layers=self.layers, num_experts=self.num_experts)
+
+    def version_spans(self) -> tuple[tuple[int, int, int], ...]:
+        """Runs (weight version, start, stop) of rows of one version; they cover 0..R in order."""
+        return runs(self.version)
 
     def _with(self, experts: NDArray[Any], provenance: NDArray[Any], version: NDArray[Any]) -> RoutingRecord:
         return RoutingRecord(
@@ -272,37 +278,10 @@ class RoutingRecord:
             raise RecordError(f"expected records of one model (layers, K, E) = {mine}, got {theirs}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordReport:
-    """What `RoutingRecord.validate` found. Arrays are [L] int64, rows counted by layer; MISSING rows are left out.
-
-    Attributes:
-        layers: global layer ids.
-        rows: R.
-        missing: rows whose provenance is MISSING.
-        out_of_range: rows with an id >= E (they are routed freely).
-        duplicate: rows that name an expert twice (they are routed freely).
-        zero: rows that are all expert 0; valid for K = 1, for K > 1 a sign of zero padding.
-        zero_tail: rows at the end that are zero in every layer.
-    """
-
-    layers: tuple[int, ...]
-    rows: int
-    missing: int
-    out_of_range: NDArray[np.int64]
-    duplicate: NDArray[np.int64]
-    zero: NDArray[np.int64]
-    zero_tail: int
-
-    @property
-    def ok(self) -> bool:
-        """True if every known row can be replayed in every layer."""
-        return not (self.out_of_range.any() or self.duplicate.any())
-
-
-def _by_layer(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
-    counts: NDArray[np.int64] = flags.sum(axis=0, dtype=np.int64)
-    return counts
+def runs(values: NDArray[Any]) -> tuple[tuple[int, int, int], ...]:
+    """Runs (value, start, stop) of equal values of an integer array [R]; they cover 0..R in order."""
+    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)] if len(values) else [0]
+    return tuple((int(values[start]), start, stop) for start, stop in itertools.pairwise(edges))
 
 
 def _frozen(array: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pacenote.replay.errors import PayloadError, RecordError
-from pacenote.replay.record import RoutingRecord
+from pacenote.replay.record import MISSING, RoutingRecord
 from pacenote.replay.spec import RoutingGeometry
 
 _WIRE = np.dtype("<i4")
@@ -43,7 +43,7 @@ def decode_sglang(
     """
     if rows < 0:
         raise PayloadError(f"expected rows >= 0, got {rows}: fewer tokens than routed_experts_start_len")
-    ids = _int32(payload, geometry, rows)[:, list(geometry.layers)]
+    ids = _int32(payload, geometry, rows)[:, moe_columns(geometry)]
     try:
         return RoutingRecord.of(ids, geometry, provenance=provenance, version=version)
     except RecordError as error:
@@ -56,16 +56,37 @@ def encode_sglang(record: RoutingRecord, geometry: RoutingGeometry) -> str:
     Raises:
         PayloadError: the record is of another model than the geometry.
     """
+    return base64.b64encode(all_layers(record, geometry, _WIRE).tobytes()).decode("ascii")
+
+
+def all_layers(record: RoutingRecord, geometry: RoutingGeometry, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Ids [R, num_layers, K] as engines send them: dense layers and MISSING rows are zeros.
+
+    Raises:
+        PayloadError: the record is of another model than the geometry.
+    """
     mine, theirs = (geometry.layers, geometry.top_k), (record.layers, record.top_k)
     if mine != theirs or record.num_experts != geometry.num_experts:
         raise PayloadError(
             f"expected a record of (layers, K, E) = {(*mine, geometry.num_experts)}, "
             f"got {(*theirs, record.num_experts)}"
         )
-    ids = np.zeros((record.rows, geometry.num_layers, geometry.top_k), dtype=_WIRE)
+    ids = np.zeros((record.rows, geometry.num_layers, geometry.top_k), dtype=dtype)
     ids[:, list(geometry.layers)] = record.experts
-    ids[record.provenance == 0] = 0
-    return base64.b64encode(ids.tobytes()).decode("ascii")
+    ids[record.provenance == MISSING] = 0
+    return ids
+
+
+def moe_columns(geometry: RoutingGeometry) -> slice | list[int]:
+    """What takes the MoE layers from an axis of all layers; where they stand together a slice, which copies nothing."""
+    first, last = geometry.layers[0], geometry.layers[-1]
+    together = last - first + 1 == len(geometry.layers)
+    return slice(first, last + 1) if together else list(geometry.layers)
+
+
+def base64_length(count: int) -> int:
+    """Characters of base64, padding included, for that many bytes."""
+    return (count + 2) // 3 * 4
 
 
 def _int32(payload: str, geometry: RoutingGeometry, rows: int) -> NDArray[np.int32]:
@@ -74,9 +95,9 @@ def _int32(payload: str, geometry: RoutingGeometry, rows: int) -> NDArray[np.int
         raise PayloadError(f"expected routed experts as base64 text, got {type(payload).__name__}")
     row_bytes = geometry.num_layers * geometry.top_k * _WIRE.itemsize
     shape = f"{rows} rows x {geometry.num_layers} layers x {geometry.top_k} experts of int32"
-    if len(payload) != _base64_length(rows * row_bytes):
+    if len(payload) != base64_length(rows * row_bytes):
         raise PayloadError(
-            f"expected routed experts of {shape}, {_base64_length(rows * row_bytes)} characters, got {len(payload)}"
+            f"expected routed experts of {shape}, {base64_length(rows * row_bytes)} characters, got {len(payload)}"
             f"{_hint(len(payload), geometry)}"
         )
     try:
@@ -88,14 +109,10 @@ def _int32(payload: str, geometry: RoutingGeometry, rows: int) -> NDArray[np.int
     return np.frombuffer(raw, dtype=_WIRE).reshape(rows, geometry.num_layers, geometry.top_k)
 
 
-def _base64_length(count: int) -> int:
-    return (count + 2) // 3 * 4
-
-
 def _hint(length: int, geometry: RoutingGeometry) -> str:
     """What the length would fit, to tell an off-by-some from another model."""
     row_bytes = geometry.num_layers * geometry.top_k * _WIRE.itemsize
     near = length * 3 // 4 // row_bytes
-    if _base64_length(near * row_bytes) == length:
+    if base64_length(near * row_bytes) == length:
         return f", which is {near} rows: the engine and the session disagree on tokens or on routed_experts_start_len"
     return ": truncated, or sent by an engine of another model"

@@ -13,6 +13,7 @@ usage: pacenote <command> ...
   train --resume RUN_DIR  go on with an interrupted run
   report RUN_DIR          write RUN_DIR/report.html again
   serve [flags]           the session server: OpenAI chat in, exact tokens, logprobs and routes kept
+  doctor MODEL [flags]    which layers of a model route, and whether replay is exact; a folder or its config.json
   --version               print the version
 
 recipes: tiny
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"train": _train, "report": _report, "serve": _serve}
+    commands = {"train": _train, "report": _report, "serve": _serve, "doctor": _doctor}
     if command not in commands:
         return _fail(f"unknown command {command!r}; the commands are: {', '.join(commands)}", 2)
     return commands[command](rest)
@@ -92,6 +93,32 @@ def _serve(words: list[str]) -> int:
     from pacenote.rollout.server import serve_command
 
     return serve_command(words)
+
+
+def _doctor(words: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="pacenote doctor",
+        description="Say which layers of a model route, by which rule, and whether recorded routes replay exactly, "
+        "tried on a small random model of the same architecture.",
+        epilog="exit status: 0 exact, 1 not, 2 cannot tell",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or its config.json")
+    parser.add_argument("--weights", action="store_true", help="load the model's own weights and try it with them, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    try:
+        asked = parser.parse_args(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    from pacenote.replay.doctor import diagnose
+
+    try:
+        found = diagnose(asked.model, weights=asked.weights)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    print(found.json() if asked.json else found.text())
+    return found.status
 
 
 def _fail(text: str, status: int) -> int:

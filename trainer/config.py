@@ -31,7 +31,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the initial weights, the tasks, the sampler and the shuffling."""
     replay: ReplayMode = "rollout"
-    """Whose experts the update uses: rollout (the engine's), trainer (its own, from the old-logprob pass), off."""
+    """Whose experts the update uses: rollout (the engine's), trainer (its own, from the old-logprob pass), mixed (the
+    engine's in the first optimizer step of a training step, its own in later ones), off."""
     data: Path | None = None
     """JSON lines with OpenAI messages and label, instead of the recipe's task."""
     task: str = "pacenote.trainer.letters"

@@ -18,7 +18,9 @@ from pacenote.replay.audit import Flips, Mismatch, flips, mismatch
 from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.hf import HfBackend
 
-ReplayMode = Literal["off", "rollout", "trainer"]
+ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
+"""Whose experts an update replays: nobody's, the engine's (R3), the trainer's own of before the update (R2), or the
+engine's in the first optimizer step of a training step and the trainer's own in those that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,14 @@ def prepare(
     Args:
         steps: packed microbatches, by optimizer step, with the rollout's logprobs and routes.
         mode: "rollout" replays the engine's experts (R3 of arXiv 2510.11370), "trainer" replays the trainer's own
-            choice from this pass in the updates that follow (R2), "off" replays nothing.
+            choice from this pass in the updates that follow (R2), "mixed" does the one in the first optimizer step and
+            the other in later ones, "off" replays nothing.
     """
     seen = _Seen([], [], [], [], [])
-    prepared = [[_prepare(backend, batch, mode, seen) for batch in step] for step in steps]
+    prepared = [
+        [_prepare(backend, batch, _mode_of_step(mode, number), seen) for batch in step]
+        for number, step in enumerate(steps)
+    ]
     rollout = _joined(seen.rollout)
     every = np.ones(len(rollout), dtype=bool)
     changed = None
@@ -76,6 +82,13 @@ def prepare(
         missing=seen.missing,
     )
     return prepared, gap
+
+
+def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
+    """The mode of an optimizer step: until the first the policy is the rollout's, and its routes are as they were."""
+    if mode != "mixed":
+        return mode
+    return "rollout" if number == 0 else "trainer"
 
 
 def _joined(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:

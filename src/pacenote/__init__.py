@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pacenote.kernels.route import RouteStats, replay_topk
     from pacenote.kernels.spec import RouterSpec
     from pacenote.replay.hf import attach
+    from pacenote.replay.megatron import attach_megatron
     from pacenote.replay.record import RoutingRecord
     from pacenote.rollout.server import SessionConfig, create_app
     from pacenote.rollout.trajectory import Trajectory
@@ -40,6 +41,7 @@ else:
         "SessionConfig": "rollout.server",
         "Trajectory": "rollout.trajectory",
         "attach": "replay.hf",
+        "attach_megatron": "replay.megatron",
         "create_app": "rollout.server",
         "linear_logprob": "kernels.logprob",
         "logprob_from_logits": "kernels.logprob",
@@ -72,6 +74,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "attach",
+    "attach_megatron",
     "create_app",
     "linear_logprob",
     "logprob_from_logits",

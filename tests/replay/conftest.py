@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from pacenote.replay.tiny import tiny_model, to_dtype
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -77,10 +79,55 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+CONFIGS: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_text": {"num_experts_per_tok": 4, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm4v_moe_text": {"head_dim": 128},
+    "kimi_k2": {"n_routed_experts": 384, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen3_omni_moe_text": {"head_dim": 128},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 1,
+    },
+    "step3p5": {"sliding_window": 64},
+}
+"""What the default configs of other families lack, or are too large in."""
+
+
+def default_config(family: str, **fields: Any) -> dict[str, Any]:
+    """The config of a family as transformers has it by default, at full size, completed where it must be."""
+    from transformers import CONFIG_MAPPING
+
+    source = "deepseek_v3" if family == "kimi_k2" else family
+    if source not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers has no {family}")
+    given = {**CONFIGS.get(family, {}), **fields}
+    if "mlp_layer_types" in given:
+        given["num_hidden_layers"] = len(given["mlp_layer_types"])
+    config: dict[str, Any] = CONFIG_MAPPING[source](**given).to_dict()
+    return {**config, "model_type": family}
+
+
+def fewer_experts(config: dict[str, Any]) -> dict[str, Any]:
+    """At most 32 experts and 4 a token, for tests that need no more."""
+    names = {"n_routed_experts": 32, "num_experts": 32, "num_local_experts": 32, "moe_num_experts": 32}
+    names |= {"num_experts_per_tok": 4, "num_experts_per_token": 4, "moe_k": 4}
+    return {**config, **{name: min(most, config[name]) for name, most in names.items() if config.get(name)}}
+
+
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Any:
     """A tiny model of the family in eval mode; selection biases are random too, so that they matter."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    if family not in FIELDS:
+        model = to_dtype(tiny_model(fewer_experts(default_config(family, **fields)), seed=seed), dtype)
+        for module in model.modules():  # LFM2's bias, which its class does not keep
+            if getattr(module, "expert_bias", None) is not None:
+                module.expert_bias = module.expert_bias.float()
+        return model
     if family not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {family}")
     config = AutoConfig.for_model(family, **{**_COMMON, **FIELDS[family], **fields})

@@ -76,16 +76,23 @@ def test_a_short_config_means_what_transformers_reads_into_it(family: str) -> No
 
     if family not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {family}")
-    names = ("num_hidden_layers", "n_routed_experts", "num_local_experts", "num_experts")
-    given: dict[str, Any] = {"num_hidden_layers": 7}
+    names = (
+        "num_hidden_layers", "n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts",
+        "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "layers_block_type",
+    )  # fmt: skip
     # These configs have no default of their own.
-    given |= {
+    incomplete: dict[str, dict[str, Any]] = {
         "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2},
         "deepseek_v2": {"num_experts_per_tok": 2},
-    }.get(family, {})
-    full = AutoConfig.for_model(family, **given).to_dict()
-    short = {name: full[name] for name in ("model_type", *names) if name in full}
-    short["num_experts_per_tok"] = AutoConfig.for_model(family, **given).num_experts_per_tok
+        "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense"] + ["sparse"] * 6},
+        "lfm2_moe": {"layer_types": ["conv"] * 7},
+    }
+    given: dict[str, Any] = {"num_hidden_layers": 7} | incomplete.get(family, {})
+    if family == "nemotron_h":  # counts its blocks
+        del given["num_hidden_layers"]
+    config = AutoConfig.for_model(family, **given)
+    full = config.to_dict()
+    short = {name: full[name] for name in ("model_type", *names) if full.get(name) is not None}
     assert geometry_from_config(full) == geometry_from_config(short)
     assert router_spec(full) == router_spec(short)
 
@@ -141,3 +148,64 @@ def test_unknown_routing_of_a_known_family() -> None:
 def test_a_server_needs_no_torch_for_records() -> None:
     script = "import sys, pacenote.replay.wire, pacenote.replay.audit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+KIMI_K2: dict[str, Any] = {
+    "model_type": "kimi_k2",
+    "num_hidden_layers": 61,
+    "n_routed_experts": 384,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+
+def test_kimi_k2_is_deepseek_v3_under_its_own_name() -> None:
+    same = {**KIMI_K2, "model_type": "deepseek_v3"}
+    for config in (KIMI_K2, {"model_type": "kimi_k25", "text_config": KIMI_K2}):
+        assert geometry_from_config(config) == geometry_from_config(same)
+        assert geometry_from_config(config).layers == tuple(range(1, 61))
+        assert router_spec(config) == router_spec(same)
+
+
+@pytest.mark.parametrize(
+    ("freq", "layers"), [(2, (2, 4, 6)), ([0, 1, 1, 0, 0, 0, 1], (1, 2, 6)), (1, (1, 2, 3, 4, 5, 6))]
+)
+def test_sparse_layers_may_come_at_a_frequency(freq: Any, layers: tuple[int, ...]) -> None:
+    assert geometry_from_config({**KIMI_K2, "num_hidden_layers": 7, "moe_layer_freq": freq}).layers == layers
+
+
+@pytest.mark.parametrize("freq", [0, "2", [1, 1]])
+def test_frequencies_that_cannot_be(freq: Any) -> None:
+    with pytest.raises(UnsupportedModel, match="moe_layer_freq as an integer from 1, or 61 flags"):
+        geometry_from_config({**KIMI_K2, "moe_layer_freq": freq})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**KIMI_K2, "scoring_func": "softmax"}, "scoring_func sigmoid, got 'softmax'"),
+        ({"model_type": "cohere2_moe", "expert_selection_fn": "max"}, "softmax or sigmoid, got 'max'"),
+        ({"model_type": "inkling2_text", "scoring_func": "sqrtsoftplus"}, "got 'sqrtsoftplus'"),
+    ],
+)
+def test_scores_that_no_spec_describes(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        router_spec(config)
+
+
+def test_families_that_name_fields_their_own_way() -> None:
+    ernie = {"model_type": "ernie4_5_moe", "num_hidden_layers": 6, "moe_num_experts": 64, "moe_k": 6,
+             "moe_layer_interval": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 4}  # fmt: skip
+    assert geometry_from_config(ernie) == RoutingGeometry(num_layers=6, layers=(1, 3), num_experts=64, top_k=6)
+    nemotron = {"model_type": "nemotron_h", "hybrid_override_pattern": "MEM*E", "n_routed_experts": 8,
+                "num_experts_per_tok": 2}  # fmt: skip
+    assert geometry_from_config(nemotron) == RoutingGeometry(num_layers=5, layers=(1, 4), num_experts=8, top_k=2)
+    jamba = {"model_type": "jamba", "num_hidden_layers": 6, "num_experts": 16, "num_experts_per_tok": 2}
+    assert geometry_from_config(jamba).layers == (1, 3, 5)

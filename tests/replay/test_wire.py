@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,43 @@ def test_a_record_of_another_model_is_not_encoded() -> None:
 
 def test_missing_rows_travel_as_zeros() -> None:
     assert encode_sglang(RoutingRecord.empty(GEOMETRY, 3), GEOMETRY) == payload(np.zeros((3, 5, 2)))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((3, 5, 2), dtype="<i8"), "which is 6 rows"),
+        (np.zeros((3, 5, 2), dtype="u1"), "truncated, or sent by"),
+        (np.zeros((3, 5, 2), dtype="<f8"), "which is 6 rows"),
+        (np.full((3, 5, 2), np.nan, dtype="<f4"), r"0..299, got 2143289344 at row 0, layer 1"),
+        (np.full((3, 5, 2), 7, dtype="<f4"), r"0..299, got 1088421888"),
+        (np.full((3, 5, 2), 7, dtype=">i4"), r"0..299, got 117440512"),
+        (np.full((3, 5, 2), -7, dtype="<i4"), r"0..299, got -7 at row 0, layer 1 \(18 such ids\)"),
+        (np.zeros((300, 5, 2), dtype="<i4"), "which is 300 rows"),
+    ],
+)
+def test_other_dtypes_and_sizes(array: np.ndarray[Any, Any], words: str) -> None:
+    text = base64.b64encode(array.tobytes()).decode()
+    tracemalloc.start()
+    with pytest.raises(PayloadError, match=words):
+        decode(text, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_a_text_of_the_wrong_length_is_not_decoded() -> None:
+    text = "A" * 40_000_000
+    tracemalloc.start()
+    with pytest.raises(PayloadError, match="160 characters, got 40000000"):
+        decode(text, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize("layers", [(1, 2, 3), (0, 2, 3), (4,), (0, 1, 2, 3, 4)])
+def test_layers_that_stand_together_and_those_that_do_not(layers: tuple[int, ...]) -> None:
+    geometry = RoutingGeometry(num_layers=5, layers=layers, num_experts=300, top_k=2)
+    ids = np.arange(30).reshape(3, 5, 2)
+    assert decode(payload(ids), 3, geometry).experts.tolist() == ids[:, list(layers)].tolist()

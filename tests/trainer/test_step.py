@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pacenote.kernels.pack import PackedBatch
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.kernels.spec import MISSING
 from pacenote.rollout.trajectory import Trajectory
@@ -51,6 +52,24 @@ def test_rows_shifted_by_one_are_visibly_worse(backend: HfBackend, trajectories:
 def test_other_modes_leave_the_gap(backend: HfBackend, trajectories: list[Trajectory], mode: ReplayMode) -> None:
     gap = gap_of(backend, trajectories, mode)
     assert gap.trained == gap.native
+
+
+def test_mixed_replays_the_engine_first_and_the_trainer_later(
+    backend: HfBackend, trajectories: list[Trajectory]
+) -> None:
+    steps = [
+        microbatches(part, backend.config, "cpu") for part in (samples(trajectories[:8]), samples(trajectories[8:]))
+    ]
+    mixed, rollout, own = (routes_of(backend, steps, mode) for mode in ("mixed", "rollout", "trainer"))
+    assert torch.equal(mixed[0], rollout[0])
+    assert torch.equal(mixed[1], own[1])
+    assert not torch.equal(rollout[1], own[1]), "nothing flips, so the comparison would say nothing"
+
+
+def routes_of(backend: HfBackend, steps: list[list[PackedBatch]], mode: ReplayMode) -> list[torch.Tensor]:
+    """Rows [T, L, K] that each optimizer step replays."""
+    routes = [[item.routes for item in step] for step in prepare(backend, steps, mode)[0]]
+    return [torch.cat([r.rows.long() for r in step if r is not None]) for step in routes]
 
 
 def test_missing_rows_are_counted_and_routed_freely(backend: HfBackend, trajectories: list[Trajectory]) -> None:
