@@ -151,12 +151,15 @@ def attempt(model: nn.Module, subject: str, *, backward: bool = True) -> Trial:
         replay = attach(model)
     except ReplayError as error:
         return Trial(subject=subject, logits=None, gradients=None, why=str(error))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on several, attention's backward pass does not repeat its own bits
     try:
         return _attempt(model, replay, subject, backward)
     except Exception as error:  # a model that cannot run is an answer, too
         why = f"{type(error).__name__}: {error}"
         return Trial(subject=subject, logits=None, gradients=None, why=why)
     finally:
+        torch.set_num_threads(threads)
         replay.detach()
 
 

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # for `tests.*` and `benchmarks.*`, which pytest alone does not put there
     sys.path.append(str(ROOT))
 
+# Workers share the cores. And on several threads attention's backward pass does not repeat its own bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

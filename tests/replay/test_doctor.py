@@ -140,3 +140,15 @@ def test_what_is_no_config(text: str | None, words: str, tmp_path: Path, capsys:
     assert words in captured.err
     assert not captured.out
     assert main(["doctor"]) == 2
+
+
+def test_threads_do_not_change_the_verdict(tmp_path: Path) -> None:
+    """Attention's backward pass on several threads differs from itself: that is not replay's."""
+    written(tmp_path, default_config("qwen3_moe"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert doctor.diagnose(tmp_path).verdict == "exact"
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
