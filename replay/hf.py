@@ -15,15 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pacenote.kernels.reference import selection
 from pacenote.kernels.route import RouteStats, replay_topk
 from pacenote.kernels.spec import FREE, RouterSpec
-from pacenote.replay.audit import COUNTERS, Audit
+from pacenote.replay.audit import Audit
+from pacenote.replay.counters import LayerCounters
 from pacenote.replay.errors import ReplayError, ScopeError, UnsupportedModel
 from pacenote.replay.scope import Forward, Recording, Scope, as_rows
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config, router_spec
@@ -94,10 +93,8 @@ class Replay:
         self._recording: Recording | None = None
         self._forward = Forward(geometry.layers)
         self._closed_graph = False
-        self._stats: list[RouteStats | None] = [None] * len(routers)
-        self._stats_devices: list[torch.device | None] = [None] * len(routers)
-        self._counted = np.zeros((len(COUNTERS), len(routers)), dtype=np.int64)
-        self._margins = np.zeros(len(routers), dtype=np.float64)
+        self._counters = LayerCounters(geometry.layers)
+        self._stats: list[RouteStats] = []
         self._handles = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             base.register_forward_hook(self._end),
@@ -132,7 +129,8 @@ class Replay:
         if self._scope is not None:
             raise ScopeError("expected one scope of rows at a time, got a nested one: leave the outer one first")
         scope = Scope(as_rows(rows, state, self.geometry), {router.device for router in self._routers})
-        self._prepare_stats()
+        # Made before any forward pass: a compiled one must not make them.
+        self._stats = [self._counters.of(index, router.device) for index, router in enumerate(self._routers)]
         self._scope = scope
         try:
             yield self
@@ -162,15 +160,7 @@ class Replay:
 
     def audit(self, reset: bool = False) -> Audit:
         """Counts by layer since attach or the last reset. The only call that waits for the device."""
-        counted, margins = self._sums()
-        if reset:
-            self._counted, self._margins = np.zeros_like(counted), np.zeros_like(margins)
-            for stats in self._stats:
-                if stats is not None:
-                    stats.reset()
-        counts = dict(zip(COUNTERS, counted, strict=True))
-        margin = np.where(counts["flipped"] > 0, margins / np.maximum(counts["flipped"], 1), np.nan)
-        return Audit(layers=self.layers, **counts, margin=margin)
+        return self._counters.audit(reset=reset)
 
     def detach(self) -> None:
         """Remove every hook. A second call does nothing.
@@ -187,25 +177,6 @@ class Replay:
     def _check_attached(self) -> None:
         if not self._handles:
             raise ScopeError("expected an attached model, this Replay was detached: call attach(model) again")
-
-    def _prepare_stats(self) -> None:
-        """Counters on the routers' devices; those of a device that a router has left are folded into host counts."""
-        devices: list[torch.device | None] = [router.device for router in self._routers]
-        if devices == self._stats_devices:
-            return
-        self._counted, self._margins = self._sums()
-        self._stats = [RouteStats.zeros(router.device) for router in self._routers]
-        self._stats_devices = devices
-
-    def _sums(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Counts [counters, L] and summed margins [L]: the host's, and what is still on devices."""
-        counted, margins = self._counted.copy(), self._margins.copy()
-        for index, stats in enumerate(self._stats):
-            if stats is not None:
-                counts = stats.counts()
-                counted[:, index] += [counts[name] for name in COUNTERS]
-                margins[index] += stats.margin.item()
-        return counted, margins
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the base model: the input's shape must be that of the rows."""
