@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pacenote.kernels import launch, reference
 from pacenote.kernels.layout import Layout, stage_layers
-from pacenote.kernels.ragged import Part, Ragged, Sample, upload
-from pacenote.kernels.spec import CACHED, DECODE, MAX_EXPERTS, MISSING, PREFILL, RECOMPUTED
+from pacenote.kernels.ragged import Part, Ragged, Sample, provenance_codes, upload
+from pacenote.kernels.spec import CACHED, DECODE, MAX_EXPERTS, PREFILL
 
 __all__ = ["Layout", "PackedBatch", "Ragged", "Routes", "Sample", "pack", "pack_ragged", "stage_layers"]
 
@@ -102,12 +102,18 @@ def pack(
     num_experts: int | None = None,
     layers: Sequence[int] | None = None,
     replay_provenance: Sequence[int] = (PREFILL, DECODE, CACHED),
+    mask_provenance: Sequence[int] = (),
     layout: Layout | None = None,
 ) -> PackedBatch:
     """Pack samples [N] into N - 1 positions each: inputs tokens[:-1], targets tokens[1:], row i for input i.
 
     A row is replayed if its provenance is in `replay_provenance` and its weight version is that of the next trained
     target at or after it (for rows behind the last one: of the last one); every other row is routed freely.
+
+    A target whose own row (row i for target i + 1) has a provenance in `mask_provenance` is as if the loss mask had
+    left it out: it does not train, gives no row its version, and a sample of nothing else is dropped. The rows of a
+    sample without experts are MISSING. One choice does not decide the other: a masked target's row is still replayed,
+    if it may be, for the sake of the tokens behind it.
 
     Args:
         samples: the trajectories.
@@ -118,7 +124,8 @@ def pack(
         num_experts: E; None takes it from the samples. Needed for padding, and decides uint8 (E <= 256) or uint16.
         layers: indices into the rows' L axis to take, in this order; None takes all. `stage_layers` gives a pipeline
             stage's.
-        replay_provenance: codes of `kernels.spec`.
+        replay_provenance: codes of `kernels.spec` whose rows are replayed.
+        mask_provenance: codes of `kernels.spec` whose targets do not train.
         layout: this rank's part of the batch; None is all of it.
 
     Raises:
@@ -126,7 +133,14 @@ def pack(
             have different [L, K], ids that their dtype cannot hold, a logprob or advantage of a trained token that is
             not finite.
     """
-    ragged = Ragged.of(samples, max_len=max_len, advantages=advantages, num_experts=num_experts, device=device)
+    ragged = Ragged.of(
+        samples,
+        max_len=max_len,
+        advantages=advantages,
+        num_experts=num_experts,
+        device=device,
+        mask_provenance=mask_provenance,
+    )
     return pack_ragged(
         ragged, pad_to_multiple=pad_to_multiple, layers=layers, replay_provenance=replay_provenance, layout=layout
     )
@@ -150,9 +164,7 @@ def pack_ragged(
     """
     if pad_to_multiple < 1:
         raise ValueError(f"expected pad_to_multiple >= 1, got {pad_to_multiple}")
-    codes = {int(code) for code in replay_provenance}
-    if not codes <= set(range(MISSING, RECOMPUTED + 1)):
-        raise ValueError(f"expected codes of provenance within {MISSING}..{RECOMPUTED}, got {sorted(codes)}")
+    codes = provenance_codes(replay_provenance, "replay_provenance")
     layout = layout or Layout()
     kept = np.flatnonzero(ragged.kept)
     plan = _Plan.of(ragged, kept, pad_to_multiple, layout)

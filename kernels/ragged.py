@@ -129,6 +129,7 @@ class Ragged:
         advantages: Sequence[float | NDArray[Any]] | None,
         num_experts: int | None,
         device: torch.device | str,
+        mask_provenance: Sequence[int] = (),
     ) -> Ragged:
         """Check samples and bring those with something to train on to a device; the others are there with 0 tokens.
 
@@ -138,6 +139,7 @@ class Ragged:
             advantages: a number a sample, or an array [N] of its tokens; None: zeros.
             num_experts: E; None takes it from the samples.
             device: where they go; to a GPU from pinned memory, without waiting.
+            mask_provenance: codes of `kernels.spec`; targets whose own row has one do not train.
 
         Raises:
             ValueError: as `pack.pack` says.
@@ -148,12 +150,14 @@ class Ragged:
             raise ValueError(f"expected an advantage for each of {len(samples)} samples, got {len(advantages)}")
         for number, sample in enumerate(samples):
             _check_sample(sample, number)
-        kept = [_kept(sample, max_len) for sample in samples]
+        codes = provenance_codes(mask_provenance, "mask_provenance")
+        masks = [_loss_mask(sample, codes) for sample in samples]
+        kept = [_kept(mask, max_len) for mask in masks]
         chosen, given = [], []
         for number, (sample, n) in enumerate(zip(samples, kept, strict=True)):
             advantage = _by_token(0.0 if advantages is None else advantages[number], sample, number)
-            _check_trained("logprob", sample.logprobs, sample, n, number)
-            _check_trained("advantage", advantage, sample, n, number)
+            _check_trained("logprob", sample.logprobs, masks[number], n, number)
+            _check_trained("advantage", advantage, masks[number], n, number)
             if n:
                 chosen.append(sample)
                 given.append(advantage)
@@ -161,15 +165,15 @@ class Ragged:
         num_experts, dtype, shape = _geometry(rows, chosen, num_experts)
         parts = [
             Part("tokens", [sample.tokens for sample in chosen], np.int32),
-            Part("loss_mask", [np.asarray(sample.loss_mask, dtype=bool) for sample in chosen], np.bool_),
+            Part("loss_mask", [mask for mask, n in zip(masks, kept, strict=True) if n], np.bool_),
             Part("logprobs", [sample.logprobs for sample in chosen], np.float32),
             Part("advantages", given, np.float32),
         ]
         if rows:
             parts.append(Part("experts", rows, dtype, shape))
             parts.append(Part("provenance", [s.provenance for s in chosen if s.experts is not None], np.uint8))
-        lengths = [(s, n) for s, n in zip(samples, kept, strict=True) if n and s.experts is not None]
-        fresh = [_fresh(sample, n) for sample, n in lengths]
+        routed = [(s, m, n) for s, m, n in zip(samples, masks, kept, strict=True) if n and s.experts is not None]
+        fresh = [_fresh(sample, mask, n) for sample, mask, n in routed]
         if not all(part.all() for part in fresh):
             parts.append(Part("fresh", fresh, np.bool_))
         there = upload(parts, torch.device(device))
@@ -279,15 +283,37 @@ def _by_token(advantage: float | NDArray[Any], sample: Sample, number: int) -> N
     return np.broadcast_to(values, n)
 
 
-def _kept(sample: Sample, max_len: int | None) -> int:
-    """Tokens that stay: the first `max_len`, or none at all if they hold nothing to train on."""
-    n = len(sample.tokens) if max_len is None else min(len(sample.tokens), max_len)
-    return n if np.asarray(sample.loss_mask[1:n]).any() else 0
+def provenance_codes(given: Sequence[int], name: str) -> frozenset[int]:
+    """The codes of provenance in the argument of that name.
+
+    Raises:
+        ValueError: one that `kernels.spec` does not have.
+    """
+    codes = frozenset(int(code) for code in given)
+    if not codes <= set(range(MISSING, RECOMPUTED + 1)):
+        raise ValueError(f"expected {name} as codes of provenance within {MISSING}..{RECOMPUTED}, got {sorted(codes)}")
+    return codes
 
 
-def _check_trained(name: str, values: NDArray[Any], sample: Sample, kept: int, number: int) -> None:
-    """What is trained on is finite."""
-    trained = np.flatnonzero(sample.loss_mask[1:kept]) + 1
+def _loss_mask(sample: Sample, codes: frozenset[int]) -> NDArray[np.bool_]:
+    """[N] bool: what is trained, without the targets i + 1 whose row i has one of these codes of provenance."""
+    mask = np.asarray(sample.loss_mask, dtype=np.bool_)
+    if not codes or not len(mask):
+        return mask
+    # what a sample without experts says of their provenance is about rows that it does not have
+    row = np.full(len(mask) - 1, MISSING) if sample.experts is None else np.asarray(sample.provenance)
+    return np.concatenate([mask[:1], mask[1:] & ~np.isin(row, list(codes))])
+
+
+def _kept(mask: NDArray[np.bool_], max_len: int | None) -> int:
+    """Tokens that stay of a sample with this mask [N]: the first `max_len`, or none if they hold nothing to train."""
+    n = len(mask) if max_len is None else min(len(mask), max_len)
+    return n if mask[1:n].any() else 0
+
+
+def _check_trained(name: str, values: NDArray[Any], mask: NDArray[np.bool_], kept: int, number: int) -> None:
+    """What is trained on is finite: `values` [N] where `mask` [N] is."""
+    trained = np.flatnonzero(mask[1:kept]) + 1
     spoilt = trained[~np.isfinite(np.asarray(values)[trained].astype(np.float32))]
     if len(spoilt):
         raise ValueError(
@@ -324,12 +350,12 @@ def _row_dtype(experts: Sequence[NDArray[Any]], num_experts: int | None) -> DTyp
     return np.uint8 if num_experts <= 256 else np.uint16
 
 
-def _fresh(sample: Sample, kept: int) -> NDArray[np.bool_]:
+def _fresh(sample: Sample, mask: NDArray[np.bool_], kept: int) -> NDArray[np.bool_]:
     """[N-1] bool: rows of the weights of the next trained target at or behind them; at the end, of the last one.
 
-    A trained target i + 1 belongs to row i. What is cut away counts for nothing.
+    A target i + 1 that `mask` [N] trains belongs to row i. What is cut away counts for nothing.
     """
     version = np.asarray(sample.version)
-    trained = np.flatnonzero(sample.loss_mask[1:kept])
+    trained = np.flatnonzero(mask[1:kept])
     follows = np.minimum(np.searchsorted(trained, np.arange(len(version) - 1)), len(trained) - 1)
     return np.asarray(version[:-1] == version[trained[follows] + 1], dtype=np.bool_)

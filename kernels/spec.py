@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 FREE, REPLAY, PAD = 0, 1, 2
 """State of a row, uint8: the trainer's own top-k, the recorded experts, or padding."""
 
 MISSING, PREFILL, DECODE, CACHED, RECOMPUTED = 0, 1, 2, 3, 4
 """Provenance of a recorded row, uint8: where the engine's routing of that token is known from."""
+
+Provenance = Literal["missing", "prefill", "decode", "cached", "recomputed"]
+PROVENANCES: tuple[Provenance, ...] = get_args(Provenance)
+"""Names of these codes: a code is its name's place."""
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 """Largest E and K that the kernels are built for."""

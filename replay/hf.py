@@ -35,7 +35,8 @@ def attach(model: nn.Module) -> Replay:
     """Hook the routers of a transformers model (a causal language model, or its base model).
 
     Every router runs once on random hidden states; weights and choice must be those of the family's spec. Nothing else
-    of the model runs, no parameter, buffer or random state changes.
+    of the model runs, no parameter, buffer or random state changes. Attach before FSDP2's `fully_shard`: a sharded
+    router does not run alone, and is refused.
 
     Raises:
         UnsupportedModel: an unknown family, routers that are not where the config says, or that compute something
@@ -188,7 +189,7 @@ class Replay:
             return
         shape = _input_shape(args, kwargs)
         if scope is not None:
-            scope.begin(shape)
+            scope.begin(shape, _cached(kwargs))
         if recording is not None:
             recording.begin(shape)
 
@@ -244,6 +245,14 @@ def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, in
     if not isinstance(given, Tensor) or given.ndim < 2:
         raise ScopeError(f"expected input_ids [B, S] or inputs_embeds [B, S, D], got {type(given).__name__}")
     return int(given.shape[0]), int(given.shape[1])
+
+
+def _cached(kwargs: dict[str, Any]) -> int | None:
+    """How many positions the pass's key-value cache holds; None if it cannot say without waiting."""
+    given = (kwargs.get(name) for name in ("cache", "past_key_values"))  # the newer name first
+    cache = next((cache for cache in given if cache is not None), None)
+    length = 0 if cache is None else getattr(cache, "get_seq_length", lambda: None)()
+    return length if isinstance(length, int) else None
 
 
 def _find_routers(model: nn.Module, geometry: RoutingGeometry) -> tuple[nn.Module, list[_Router]]:

@@ -108,17 +108,26 @@ class Scope:
         """Move the rows to each of the devices."""
         self.forwards = 0
         self._shape = rows.shape
+        self._cached: int | None = None
         self._rows = {device: rows.to(device) for device in devices}
 
-    def begin(self, shape: tuple[int, int]) -> None:
-        """A forward pass over input [B, S] starts.
+    def begin(self, shape: tuple[int, int], cached: int | None = 0) -> None:
+        """A forward pass over input [B, S] starts, after `cached` positions in a cache (None: unknown).
 
         Raises:
-            ScopeError: the rows are of another shape.
+            ScopeError: the rows are of another shape, or the scope's first pass was over other positions.
         """
         if shape != self._shape:
             swapped = ": the input's axes are swapped" if shape == self._shape[::-1] else ""
             raise ScopeError(f"expected input {list(self._shape)} as the rows have, got {list(shape)}{swapped}")
+        if self.forwards and (cached is None or cached != self._cached):
+            # One-token prompts and equal chunks have one shape throughout: only the cache tells their steps apart.
+            after = "an unread number" if cached is None else cached
+            raise ScopeError(
+                f"expected every pass of a scope over the same positions, those after {self._cached} cached ones, "
+                f"got one after {after}: open a scope with rows of its own for each step"
+            )
+        self._cached = cached
         self.forwards += 1
 
     def take(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pacenote.kernels.pack import PackedBatch, pack
+from pacenote.kernels.spec import PROVENANCES, Provenance
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer.hf import OptimConfig
 
@@ -52,6 +53,9 @@ def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) ->
     """Pack one optimizer step's samples into microbatches of about `config.microbatch_tokens` positions.
 
     Batches in which nothing is trainable are left out.
+
+    Raises:
+        ValueError: as `kernels.pack.pack` says, or a provenance of the configuration that has no such name.
     """
     batches = []
     for picked in split_tokens([len(sample.trajectory.tokens) - 1 for sample in samples], config.microbatch_tokens):
@@ -61,7 +65,16 @@ def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) ->
             advantages=[sample.advantage for sample in chosen],
             max_len=config.max_len,
             device=device,
+            replay_provenance=_codes(config.replay_provenance, "replay_provenance"),
+            mask_provenance=_codes(config.mask_provenance, "mask_provenance"),
         )
         if batch.num_samples:
             batches.append(batch)
     return batches
+
+
+def _codes(names: Sequence[Provenance], field: str) -> list[int]:
+    """Codes of provenance by their names."""
+    if unknown := [name for name in names if name not in PROVENANCES]:
+        raise ValueError(f"optim.{field} expects names among {', '.join(PROVENANCES)}, got {', '.join(unknown)}")
+    return [PROVENANCES.index(name) for name in names]

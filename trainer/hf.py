@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pacenote.kernels.logprob import linear_logprob
 from pacenote.kernels.pack import PackedBatch, Routes
+from pacenote.kernels.spec import Provenance
 from pacenote.replay.audit import Audit
 from pacenote.replay.hf import attach
 from pacenote.trainer import model as models
@@ -40,6 +41,10 @@ class OptimConfig:
     """Positions that go through the model at once."""
     max_len: int | None = None
     """Longest sample in tokens; the tail of a longer one is cut."""
+    replay_provenance: tuple[Provenance, ...] = ("prefill", "decode", "cached")
+    """Rows that an update may replay of the engine's, by where they are known from; the others are routed freely."""
+    mask_provenance: tuple[Provenance, ...] = ()
+    """Rows whose next token does not train, by where they are known from; samples of nothing else are left out."""
 
 
 RoutesFrom = Literal["native", "rollout"]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pacenote.kernels.pack import Layout, PackedBatch, pack
-from pacenote.kernels.spec import CACHED, DECODE, FREE, PAD, PREFILL, REPLAY
+from pacenote.kernels.spec import CACHED, DECODE, FREE, MISSING, PAD, PREFILL, REPLAY
 
 NAN = float("nan")
 
@@ -94,6 +94,7 @@ class Case:
     given: int | None = None
     taken: Sequence[int] | None = None
     codes: Sequence[int] = (PREFILL, DECODE, CACHED)
+    masked: Sequence[int] = ()
     layout: Layout = field(default_factory=Layout)
 
 
@@ -109,11 +110,17 @@ class Position:
     row: bool = False
 
 
-def naive_state(sample: Sample, n: int, row: int, codes: Sequence[int]) -> int:
+def naive_trained(sample: Sample, target: int, masked: Sequence[int]) -> bool:
+    """Whether the loss mask and the provenance of the row before it let a token train."""
+    row = MISSING if sample.experts is None else sample.provenance[target - 1]
+    return bool(sample.loss_mask[target]) and row not in masked
+
+
+def naive_state(sample: Sample, n: int, row: int, codes: Sequence[int], masked: Sequence[int]) -> int:
     """Replayed if its passes are known and its weights those of the logprob it serves: the next trained target's."""
     if sample.experts is None or sample.provenance[row] not in codes:
         return FREE
-    served = [j + 1 for j in range(n - 1) if sample.loss_mask[j + 1]]
+    served = [j + 1 for j in range(n - 1) if naive_trained(sample, j + 1, masked)]
     ahead = [target for target in served if target >= row + 1] or served[-1:]
     return REPLAY if sample.version[row] == sample.version[ahead[0]] else FREE
 
@@ -125,7 +132,7 @@ def naive(case: Case) -> tuple[list[Position], list[int]]:
     cp, rank = case.layout.cp_size, case.layout.cp_rank
     for number, sample in enumerate(case.samples):
         n = len(sample.tokens) if case.max_len is None else min(len(sample.tokens), case.max_len)
-        if not any(sample.loss_mask[i] for i in range(1, n)):
+        if not any(naive_trained(sample, i, case.masked) for i in range(1, n)):
             continue
         segment = len(kept)
         kept.append(number)
@@ -134,8 +141,8 @@ def naive(case: Case) -> tuple[list[Position], list[int]]:
                 segment,
                 i,
                 token_id(number, i),
-                bool(sample.loss_mask[i + 1]),
-                naive_state(sample, n, i, case.codes),
+                naive_trained(sample, i + 1, case.masked),
+                naive_state(sample, n, i, case.codes, case.masked),
                 sample.experts is not None,
             )
             for i in range(n - 1)
@@ -166,6 +173,7 @@ def run(case: Case, device: torch.device) -> PackedBatch:
         num_experts=case.given,
         layers=case.taken,
         replay_provenance=case.codes,
+        mask_provenance=case.masked,
         layout=case.layout,
     )
 

@@ -70,6 +70,7 @@ def cases(draw: st.DrawFn) -> Case:
         given=None if told and draw(st.booleans()) else experts,
         taken=draw(st.none() | st.lists(st.integers(0, layers - 1), max_size=4)),
         codes=codes,
+        masked=draw(st.sampled_from([(), (), (RECOMPUTED,), (MISSING, RECOMPUTED), (PREFILL, DECODE)])),
         layout=Layout(
             cp_size=cp, cp_rank=draw(st.integers(0, cp - 1)), sp_size=sp, sp_rank=draw(st.integers(0, sp - 1))
         ),
@@ -152,6 +153,43 @@ def test_a_row_is_replayed_under_the_weights_of_its_logprobs(device: torch.devic
     assert batch.routes.state.tolist() == [REPLAY, REPLAY, REPLAY, FREE, FREE, FREE, REPLAY]
 
 
+def test_targets_of_masked_provenance_do_not_train(device: torch.device) -> None:
+    """Targets 2, 3 and 6 were generated; the row before 3 was recomputed."""
+    mask = [0, 0, 1, 1, 0, 0, 1, 0]
+    codes = [PREFILL, PREFILL, RECOMPUTED, DECODE, PREFILL, DECODE, DECODE]
+    sample = make(0, mask, provenance=codes)
+    batch = pack([sample, make(1, [0, 1], provenance=[RECOMPUTED])], device=device, mask_provenance=[RECOMPUTED])
+    assert (batch.kept, batch.dropped) == ((0,), 1), "nothing is left of the second sample"
+    assert batch.loss_mask.tolist() == [False, True, False, False, False, True, False]
+    assert batch.logprobs[2] == 0
+
+
+def test_masking_changes_which_version_a_row_serves(device: torch.device) -> None:
+    """Row 0 serves the recomputed target's version 3 as long as that target trains, and version 4 when it does not."""
+    sample = make(0, [0, 0, 1, 1], version=[4, 3, 3, 4], provenance=[PREFILL, RECOMPUTED, DECODE])
+    states = [pack([sample], device=device, mask_provenance=codes).routes for codes in ((), (RECOMPUTED,))]
+    assert [None if routes is None else routes.state.tolist() for routes in states] == [
+        [FREE, FREE, FREE],
+        [REPLAY, FREE, FREE],
+    ]
+
+
+def test_a_masked_logprob_may_be_anything(device: torch.device) -> None:
+    spoilt = make(0, [0, 1, 1], provenance=[DECODE, RECOMPUTED])
+    spoilt.logprobs[2] = NAN
+    with pytest.raises(ValueError, match="finite logprobs"):
+        pack([spoilt], device=device)
+    batch = pack([spoilt], device=device, mask_provenance=[RECOMPUTED])
+    assert batch.logprobs.tolist() == [spoilt.logprobs[1], 0.0]
+
+
+def test_samples_without_rows_are_masked_as_missing(device: torch.device) -> None:
+    """Whatever they say of the provenance of rows that they do not have."""
+    sample = make(0, [0, 1, 1], experts=None, provenance=[DECODE, DECODE])
+    assert pack([sample], device=device, mask_provenance=[DECODE]).kept == (0,)
+    assert pack([sample], device=device, mask_provenance=[MISSING]).dropped == 1
+
+
 def test_ids_as_wide_as_the_experts_never_as_the_data(device: torch.device) -> None:
     small = make(0, [0, 1], experts=256)
     assert small.experts is not None
@@ -171,6 +209,7 @@ BAD: list[tuple[list[Any], dict[str, Any], str]] = [
     ([GOOD], {"max_len": 1}, "max_len >= 2, got 1"),
     ([GOOD], {"pad_to_multiple": 0}, "pad_to_multiple >= 1, got 0"),
     ([GOOD], {"replay_provenance": [5]}, r"codes of provenance within 0\.\.4, got \[5\]"),
+    ([GOOD], {"mask_provenance": [-1, 2]}, r"mask_provenance as codes of provenance within 0\.\.4, got \[-1, 2\]"),
     ([GOOD], {"layers": [0.5]}, r"layers as a list of places, got \[1\] of float64"),
     ([GOOD], {"layers": [False, True]}, r"layers as a list of places, got \[2\] of bool"),
     ([GOOD], {"advantages": [None]}, r"advantage as a number or \[3\], got \[\] of object"),

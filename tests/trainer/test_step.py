@@ -12,7 +12,8 @@ import torch
 
 from pacenote.kernels.pack import PackedBatch
 from pacenote.kernels.policy import PolicyConfig
-from pacenote.kernels.spec import MISSING
+from pacenote.kernels.spec import MISSING, PROVENANCES, RECOMPUTED, REPLAY
+from pacenote.replay.audit import by_provenance, by_role, by_staleness, by_turn, split, token_flips
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import checkpoint
 from pacenote.trainer.batch import microbatches
@@ -88,6 +89,50 @@ def test_rows_of_another_version_are_not_replayed(backend: HfBackend, trajectori
     version = np.zeros(LENGTH, dtype=np.int32)
     version[:PROMPT] = 3
     assert gap_of(backend, [replace(t, version=version) for t in trajectories]).missing == COUNT * PROMPT
+
+
+def test_the_provenance_of_rows_decides_what_trains(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    """The first sample's rows are all recomputed, and one row of the second is."""
+    codes = [trajectories[0].provenance * 0 + RECOMPUTED, trajectories[1].provenance.copy()]
+    codes[1][LENGTH - 2] = RECOMPUTED
+    changed = [replace(t, provenance=code) for t, code in zip(trajectories[:2], codes, strict=True)]
+
+    def packed(config: OptimConfig) -> tuple[int, int]:
+        batches = microbatches(samples(changed), config, "cpu")
+        routes = [batch.routes for batch in batches if batch.routes is not None]
+        return sum(int(b.loss_mask.sum()) for b in batches), sum(int((r.state == REPLAY).sum()) for r in routes)
+
+    trained, rows = LENGTH - PROMPT, LENGTH - 1
+    config = OptimConfig()
+    assert packed(config) == (2 * trained, rows - 1)
+    assert packed(replace(config, mask_provenance=("recomputed",))) == (trained - 1, rows - 1)
+    assert packed(replace(config, replay_provenance=PROVENANCES)) == (2 * trained, 2 * rows)
+    with pytest.raises(ValueError, match=r"optim\.mask_provenance expects names among missing, .*, got decoded"):
+        packed(replace(config, mask_provenance=("decoded",)))  # type: ignore[arg-type]
+
+
+def test_the_gap_splits_by_what_a_batch_and_its_trajectories_know(
+    backend: HfBackend, trajectories: list[Trajectory]
+) -> None:
+    """Labels of a batch's positions, or of trajectories' tokens from the second on, in the batch's order."""
+    batch = microbatches(samples(trajectories), replace(backend.config, microbatch_tokens=10_000), "cpu")[0]
+    whole = gap_of(backend, trajectories)
+    assert batch.routes is not None
+    assert whole.flips is not None
+    native, own = backend.score_native(batch)
+    differs = token_flips(batch.routes.rows, own.rows, batch.routes.state == REPLAY)
+    kept = [trajectories[number] for number in batch.kept]
+    for labels in (
+        by_role(batch.loss_mask),
+        by_turn(batch.loss_mask, batch.segment_ids),
+        by_staleness(np.concatenate([t.version[1:] for t in kept]), 1),
+        by_provenance(np.concatenate([t.provenance for t in kept])),
+    ):
+        parts = split(native, batch.logprobs, batch.loss_mask, labels, flipped=differs).values()
+        mean = sum(p.mismatch.mean_abs * p.mismatch.tokens for p in parts if p.mismatch.tokens)
+        assert mean == pytest.approx(whole.native.mean_abs * whole.native.tokens, rel=1e-4)
+        flipped = sum(p.flipped * p.compared for p in parts if p.compared)
+        assert flipped == pytest.approx(whole.flips.any_layer * whole.flips.tokens)
 
 
 def gradients(
