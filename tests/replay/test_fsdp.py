@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.replay.fsdp_ranks import CASES, SIZE, Outcome, run
+from tests.replay.spawn import spawn
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOAT32 = tuple(name for name, case in CASES.items() if case.dtype == torch.float32)
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """Both ranks' outcomes of every case; they start once, since importing is most of their time."""
-    directory = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.replay.fsdp_ranks", str(rank), str(directory), *CASES],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(SIZE)
-    ]
-    try:
-        said = [rank.communicate(timeout=240)[0] for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    assert [rank.returncode for rank in started] == [0] * SIZE, "\n".join(text[-3000:] for text in said)
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(SIZE)]
+    """Both ranks' outcomes of every case."""
+    return spawn("tests.replay.fsdp_ranks", SIZE, tmp_path_factory.mktemp("ranks"), CASES)
 
 
 def same(a: tuple[torch.Tensor, dict[str, torch.Tensor]], b: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,38 +13,14 @@ import torch
 from pacenote.kernels.layout import stage_layers
 from pacenote.replay.align import places
 from tests.replay.megatron.ranks import LAYOUTS, SIZE, run
+from tests.replay.spawn import spawn
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron", "ignore::UserWarning:megatron")
 FAMILIES = {
     "width": tuple(name for name in LAYOUTS if not name.startswith("pp")),
     "depth": tuple(name for name in LAYOUTS if name.startswith("pp")),
 }
 Outcome = dict[str, Any]
-
-
-def spawn(directory: Path, names: tuple[str, ...]) -> list[dict[str, Outcome]]:
-    """Both ranks' outcomes of all layouts of a family; they start once, since importing is most of their time."""
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.replay.megatron.ranks", str(rank), str(directory), *names],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(SIZE)
-    ]
-    try:
-        said = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * SIZE, "\n".join(text[-3000:] for text in said)
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(SIZE)]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +31,7 @@ def outcome(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     def of(name: str) -> list[Outcome]:
         if name not in done:
             family = next(names for names in FAMILIES.values() if name in names)
-            ranks = spawn(tmp_path_factory.mktemp("ranks"), family)
+            ranks = spawn("tests.replay.megatron.ranks", SIZE, tmp_path_factory.mktemp("ranks"), family)
             done.update({layout: [rank[layout] for rank in ranks] for layout in family})
         return done[name]
 
