@@ -1,13 +1,7 @@
-"""Named checks of the sort of pairs by expert, each a function of the device; see `route_checks`.
-
-python -m tests.kernels.permute_checks     # from the repository's root, with src on PYTHONPATH
-"""
+"""Named checks of the sort of pairs by expert, each a function of the device; see `route_checks`."""
 
 from __future__ import annotations
 
-import sys
-import time
-import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -169,23 +163,3 @@ def repeats_itself(device: torch.device) -> None:
         again = permutation(experts, 128)
         for name in ("order", "place", "offsets"):
             assert torch.equal(getattr(again, name), getattr(first, name)), name
-
-
-def main() -> int:
-    """Run all of them on the GPU if there is one; the number of failures."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    failed = 0
-    for name, run in CHECKS.items():
-        start = time.perf_counter()
-        try:
-            run(device)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-        print(f"{name}: {time.perf_counter() - start:.2f} s", flush=True)
-    print(f"{len(CHECKS) - failed} of {len(CHECKS)} checks hold on {device}")
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(min(main(), 1))

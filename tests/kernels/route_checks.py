@@ -1,16 +1,11 @@
 """Named checks of routing replay, each a function of the device: pytest runs them, and so does a machine without it.
 
-    python -m tests.kernels.route_checks     # from the repository's root, with src on PYTHONPATH
-
 Each is about one trap; `test_mutants.py` shows which broken kernel each of them catches.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -409,23 +404,3 @@ def spread_is_the_definition(device: torch.device) -> None:
     logits, rows = torch.zeros(200, 60, device=device), torch.zeros(200, 7, dtype=torch.uint8, device=device)
     _, experts = replay_topk(logits, rows, SOFTMAX, state=state)
     assert torch.equal(experts, reference.pad_experts(200, 7, 60, device))
-
-
-def main() -> int:
-    """Run all of them on the GPU if there is one; the number of failures."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    failed = 0
-    for name, run in CHECKS.items():
-        start = time.perf_counter()
-        try:
-            run(device)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-        print(f"{name}: {time.perf_counter() - start:.2f} s", flush=True)
-    print(f"{len(CHECKS) - failed} of {len(CHECKS)} checks hold on {device}")
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(min(main(), 1))

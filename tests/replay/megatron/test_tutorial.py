@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from pacenote.kernels.pack import PackedBatch
-from pacenote.rollout.trajectory import Trajectory
 from tests.replay.megatron import layouts_table
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "replay.md"
@@ -51,10 +49,8 @@ def test_replay_in_a_megatron_trainer(one_process: Path, capsys: pytest.CaptureF
     assert "flipped" in capsys.readouterr().out
     grads = drive.router_grads(chunks)
     assert sorted(grads) == list(model.MOE_LAYERS)
-    assert all(gradient.norm() > 0 for gradient in grads.values())
+    assert all(0 < float(gradient.norm()) < float("inf") for gradient in grads.values())
     replay.detach()
-    assert isinstance(microbatches[0][0], Trajectory)
-    assert torch.isfinite(torch.stack([gradient.norm() for gradient in grads.values()])).all()
 
 
 def test_the_table_is_what_the_tests_run_over() -> None:
