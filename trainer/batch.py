@@ -22,6 +22,14 @@ class Sample:
     advantage: float
 
 
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """A packed batch, and the trajectories in it as they were cut: number s is the batch's segment s."""
+
+    batch: PackedBatch
+    trajectories: tuple[Trajectory, ...]
+
+
 def split_steps(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
     """Shuffle `count` samples into `parts` optimizer steps of nearly equal size, indices [S]; empty ones go."""
     order = np.random.default_rng(seed).permutation(count)
@@ -49,7 +57,7 @@ def split_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) -> list[PackedBatch]:
+def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) -> list[Microbatch]:
     """Pack one optimizer step's samples into microbatches of about `config.microbatch_tokens` positions.
 
     Batches in which nothing is trainable are left out.
@@ -69,7 +77,9 @@ def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) ->
             mask_provenance=_codes(config.mask_provenance, "mask_provenance"),
         )
         if batch.num_samples:
-            batches.append(batch)
+            kept = (chosen[number].trajectory for number in batch.kept)
+            cut = tuple(t.truncate(config.max_len) if config.max_len else t for t in kept)
+            batches.append(Microbatch(batch, cut))
     return batches
 
 

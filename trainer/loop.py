@@ -123,7 +123,7 @@ def one_step(
         microbatches([samples[i] for i in part], config.optim, backend.device)
         for part in split_steps(len(samples), config.optim.minibatches, seed=config.seed * 1_000_003 + version)
     ]
-    prepared, gap = prepare(backend, steps, config.replay)
+    prepared, gap = prepare(backend, steps, config.replay, version=version)
     times.append(time.perf_counter())
 
     backend.audit()  # the counters so far are of the measurements

@@ -13,7 +13,7 @@ import numpy as np
 from pacenote.replay.audit import Audit
 from pacenote.trainer.advantage import Advantages
 from pacenote.trainer.collect import Episode
-from pacenote.trainer.step import Gap
+from pacenote.trainer.gap import Gap, GroupGap
 
 
 class MetricsLog:
@@ -55,10 +55,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+    return json.dumps(_plain(row)) + "\n"
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -104,7 +106,7 @@ def row(
 
 def of_gap(gap: Gap) -> dict[str, Any]:
     """Mismatch columns. `flipped`: share of (token, layer) pairs whose set of experts under the trainer's own routing
-    differs from the engine's; the same definition whatever the replay mode."""
+    differs from the engine's; the same definition whatever the replay mode. `gap_by`: the same by groups of tokens."""
     share = None if gap.flips is None else [round(float(value), 6) for value in gap.flips.flipped_by_layer]
     return {
         "abs_delta_logp": gap.trained.mean_abs,
@@ -118,6 +120,22 @@ def of_gap(gap: Gap) -> dict[str, Any]:
         "flipped": None if share is None else float(np.mean(share)),
         "flipped_by_layer": share,
         "rows_missing": gap.missing,
+        "gap_by": {kind: {name: _of_group(part) for name, part in parts.items()} for kind, parts in gap.groups.items()},
+    }
+
+
+def _of_group(part: GroupGap) -> dict[str, Any]:
+    """`flipped_tokens`: share of the `compared` tokens routed elsewhere in at least one layer."""
+    return {
+        "tokens": part.trained.tokens,
+        "abs_delta_logp": part.trained.mean_abs,
+        "abs_delta_logp_native": part.native.mean_abs,
+        "k3_kl": part.trained.k3,
+        "k3_kl_native": part.native.k3,
+        "f_tau": part.trained.f_tau,
+        "f_tau_native": part.native.f_tau,
+        "compared": part.compared,
+        "flipped_tokens": part.flipped,
     }
 
 

@@ -22,7 +22,7 @@ def _draw(title: str, paint: Any) -> str:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     for side in ("top", "right"):
@@ -84,11 +84,37 @@ def flips(rows: Rows, layers: list[int]) -> str:
         for place, layer in enumerate(layers):
             shade = 0.25 + 0.75 * (place + 1) / max(1, len(layers))
             values = [row["flipped_by_layer"][place] for row in have]
-            axes.plot([r["step"] for r in have], values, color=BLUE, alpha=shade, linewidth=1.4, label=f"layer {layer}")
+            named = len(layers) <= 8 or place in (0, len(layers) - 1)  # more names than the legend has room for
+            label = str(layer) if named else None
+            axes.plot([r["step"] for r in have], values, color=BLUE, alpha=shade, linewidth=1.4, label=label)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(bottom=0)
 
-    return _draw("Tokens routed differently", paint)
+    return _draw("Tokens routed differently, by layer", paint)
+
+
+def by_group(rows: Rows, kind: str, column: str, title: str) -> str:
+    """A column of `gap_by`, a line for each group of a kind; a log axis, unless it is a share."""
+    share = column == "flipped_tokens"
+
+    def paint(axes: Axes) -> None:
+        heights: list[float] = []
+        groups = {name: None for row in rows for name in (row.get("gap_by") or {}).get(kind, {})}
+        for place, name in enumerate(groups):
+            points = [(row["step"], ((row.get("gap_by") or {}).get(kind) or {}).get(name) or {}) for row in rows]
+            drawn = [(step, part[column]) for step, part in points if part.get(column) is not None]
+            if drawn:
+                color = (BLUE, ORANGE, GREY, "#3b8f5a", "#8b5fbf")[place % 5]
+                steps, values = zip(*drawn, strict=True)
+                axes.plot(steps, values, label=name, color=color, linewidth=1.4)
+                heights.extend(values)
+        if share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_ylim(bottom=0)
+        elif any(value > 0 for value in heights):
+            axes.set_yscale("log")
+
+    return _draw(title, paint)
 
 
 def lengths(rows: Rows) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pacenote.trainer import config as configs
-from pacenote.trainer import findings, metrics, plots
+from pacenote.trainer import findings, groups, metrics, plots
 from pacenote.trainer.config import RunConfig
 from pacenote.trainer.rundir import RunDir
 
@@ -50,7 +50,7 @@ def _page(run: RunDir, config: RunConfig, rows: list[dict[str, Any]]) -> str:
         _findings(rows, config),
     ]
     if rows:
-        body += ["<h2>Over the run</h2>", _plots(run, rows)]
+        body += ["<h2>Over the run</h2>", _plots(run, rows), _groups(rows)]
     body += [_samples(run), "<h2>Configuration</h2>", f"<pre>{html.escape(configs.dump(config))}</pre>"]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
@@ -92,8 +92,21 @@ def _plots(run: RunDir, rows: list[dict[str, Any]]) -> str:
     width = max((len(row.get("flipped_by_layer") or ()) for row in rows), default=0)
     layers = run.moe_layers() or list(range(width))
     drawn = [plots.reward(rows), plots.delta_logp(rows), plots.k3(rows), plots.flips(rows, layers[:width]),
+             plots.by_group(rows, "turn", "abs_delta_logp", "Mismatch as trained, by turn: mean |Δlogp|"),
+             plots.by_group(rows, "role", "flipped_tokens", "Tokens with any layer routed differently"),
              plots.lengths(rows), plots.seconds(rows)]  # fmt: skip
     return '<div class="plots">' + "".join(f"<figure>{svg}</figure>" for svg in drawn) + "</div>"
+
+
+def _groups(rows: list[dict[str, Any]]) -> str:
+    """The run's mismatch by groups of tokens, as a table."""
+    found = groups.over_run(rows)
+    if not found:
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in ("tokens by", "", *groups.COLUMNS))
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in (g.kind, g.name, *g.cells())) for g in found)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<h2>Where the gap is</h2><table class="groups"><tr>{head}</tr>{body}</table>'
 
 
 def _samples(run: RunDir) -> str:

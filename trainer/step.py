@@ -7,15 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
 from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.policy import PolicyConfig, policy_loss
-from pacenote.kernels.spec import REPLAY
-from pacenote.replay.audit import Flips, Mismatch, flips, mismatch
+from pacenote.trainer.batch import Microbatch
 from pacenote.trainer.errors import NotFinite
+from pacenote.trainer.gap import Gap, Meter
 from pacenote.trainer.hf import HfBackend
 
 ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
@@ -31,30 +27,8 @@ class Prepared:
     routes: Routes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What engine and trainer disagree on, over the same tokens: as trained, and with the trainer's own routing."""
-
-    trained: Mismatch
-    native: Mismatch
-    flips: Flips | None
-    missing: int
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Arrays of the step's trainable tokens and of its routes, gathered over microbatches."""
-
-    trained: list[NDArray[np.float32]]
-    native: list[NDArray[np.float32]]
-    rollout: list[NDArray[np.float32]]
-    recorded: list[NDArray[np.int64]]
-    own: list[NDArray[np.int64]]
-    missing: int = 0
-
-
 def prepare(
-    backend: HfBackend, steps: Sequence[Sequence[PackedBatch]], mode: ReplayMode
+    backend: HfBackend, steps: Sequence[Sequence[Microbatch]], mode: ReplayMode, *, version: int = 0
 ) -> tuple[list[list[Prepared]], Gap]:
     """Compute old logprobs under the routing that the update will use; measure the mismatch with and without replay.
 
@@ -63,25 +37,14 @@ def prepare(
         mode: "rollout" replays the engine's experts (R3 of arXiv 2510.11370), "trainer" replays the trainer's own
             choice from this pass in the updates that follow (R2), "mixed" does the one in the first optimizer step and
             the other in later ones, "off" replays nothing.
+        version: of the weights that compute them.
     """
-    seen = _Seen([], [], [], [], [])
+    meter = Meter()
     prepared = [
-        [_prepare(backend, batch, _mode_of_step(mode, number), seen) for batch in step]
+        [_prepare(backend, item, _mode_of_step(mode, number), meter) for item in step]
         for number, step in enumerate(steps)
     ]
-    rollout = _joined(seen.rollout)
-    every = np.ones(len(rollout), dtype=bool)
-    changed = None
-    if seen.recorded:
-        recorded, own = np.concatenate(seen.recorded), np.concatenate(seen.own)
-        changed = flips(recorded, own, np.ones(len(recorded), dtype=bool))
-    gap = Gap(
-        trained=mismatch(_joined(seen.trained), rollout, every),
-        native=mismatch(_joined(seen.native), rollout, every),
-        flips=changed,
-        missing=seen.missing,
-    )
-    return prepared, gap
+    return prepared, meter.gap(version)
 
 
 def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
@@ -91,32 +54,15 @@ def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
     return "rollout" if number == 0 else "trainer"
 
 
-def _joined(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-
-
-def _prepare(backend: HfBackend, batch: PackedBatch, mode: ReplayMode, seen: _Seen) -> Prepared:
+def _prepare(backend: HfBackend, item: Microbatch, mode: ReplayMode, meter: Meter) -> Prepared:
+    batch = item.batch
     native, own = backend.score_native(batch)
     if mode == "rollout":
         routes, old = batch.routes, backend.score(batch, batch.routes)
     else:
         routes, old = (own if mode == "trainer" else None), native
-    _gather(seen, batch, old, native, own)
+    meter.add(item, old, native, own)
     return Prepared(replace(batch, old_logprobs=old), routes)
-
-
-def _gather(seen: _Seen, batch: PackedBatch, old: Tensor, native: Tensor, own: Routes) -> None:
-    mask = batch.loss_mask
-    seen.trained.append(old[mask].cpu().numpy())
-    seen.native.append(native[mask].cpu().numpy())
-    seen.rollout.append(batch.logprobs[mask].cpu().numpy())
-    if batch.routes is None:
-        seen.missing += int((batch.segment_ids >= 0).sum())
-        return
-    replayed = batch.routes.state == REPLAY
-    seen.recorded.append(batch.routes.rows[replayed].long().cpu().numpy())
-    seen.own.append(own.rows[replayed].long().cpu().numpy())
-    seen.missing += int(((batch.segment_ids >= 0) & ~replayed).sum())
 
 
 def update(

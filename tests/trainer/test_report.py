@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pacenote.trainer import findings, metrics, recipes
+from pacenote.trainer import findings, groups, metrics, recipes
 from pacenote.trainer.config import RunConfig
 from pacenote.trainer.display import Display
 from pacenote.trainer.report import write_report
@@ -26,8 +26,17 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "tokens_per_second": 1500.0, "seconds": 2.5, "seconds_rollout": 1.5, "seconds_measure": 0.4,
         "seconds_update": 0.6, "length_mean": 7.5, "length_max": 8, "entropy": 4.0, "episodes_failed": 0,
         "episodes_unrewarded": 0,
+        "gap_by": {"role": {"prompt": group(0, None, 30, 0.5),
+                            "response": group(10 + step, 0.01 * (step + 1), 10, 0.25)},
+                   "turn": {f"turn {turn}": group(5, 0.02, 20, 0.1) for turn in range(1 + step % 2)}},
     }  # fmt: skip
     return {**base, **changes}
+
+
+def group(tokens: int, delta: float | None, compared: int, flipped: float | None) -> dict[str, Any]:
+    """One label's figures of a step."""
+    columns = ("abs_delta_logp", "abs_delta_logp_native", "k3_kl", "k3_kl_native", "f_tau", "f_tau_native")
+    return {"tokens": tokens, **dict.fromkeys(columns, delta), "compared": compared, "flipped_tokens": flipped}
 
 
 def run_with(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> RunDir:
@@ -70,11 +79,22 @@ def test_trouble_is_reported() -> None:
     assert texts([]) == "warning: No step was finished."
 
 
+def test_groups_are_weighted_by_their_tokens() -> None:
+    prompt, response, *turns = groups.over_run([row(0), row(1), row(2, gap_by=None)])
+    assert (prompt.kind, prompt.name, prompt.tokens, prompt.compared) == ("role", "prompt", 0, 60)
+    assert prompt.cells() == ["0", "", "", "", "", "60", "50.00%"]
+    assert response.tokens == 21
+    assert response.means["abs_delta_logp"] == pytest.approx((10 * 0.01 + 11 * 0.02) / 21)
+    assert [(turn.name, turn.tokens) for turn in turns] == [("turn 0", 10), ("turn 1", 5)]
+    assert groups.over_run([]) == []
+
+
 def test_page_stands_alone(tmp_path: Path) -> None:
     run = run_with(tmp_path, [row(i) for i in range(12)])
     (run.samples / "step_000000.txt").write_text("user: <script>alert(1)</script> \ufffd", encoding="utf-8")
     page = write_report(run.root).read_text(encoding="utf-8")
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 8
+    assert "<td>turn</td><td>turn 1</td><td>30</td><td>0.0200</td>" in page
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     for outside in ("<link", "src=", "url(http"):

@@ -68,14 +68,15 @@ def step(directory: Path, trajectories: list[Trajectory], *, double: bool = Fals
     backend = HfBackend(directory, OptimConfig(microbatch_tokens=90), device=DEVICE, temperature=1.0)
     if double:
         backend.model.double()
-    batches = microbatches(samples(trajectories), backend.config, DEVICE)
+    items = microbatches(samples(trajectories), backend.config, DEVICE)
+    batches = [item.batch for item in items]
     experts = []
     for batch in batches:
         with torch.no_grad(), backend.routed(batch.routes), backend.replay.record() as record:
             backend.logprobs(batch, batch.routes)
             experts.append(record.rows().cpu())
     backend.audit()
-    prepared, _ = prepare(backend, [batches], "rollout")
+    prepared, _ = prepare(backend, [items], "rollout")
     gradients: dict[str, Tensor] = {}
 
     def keep() -> float:

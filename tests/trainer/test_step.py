@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from pacenote.kernels.pack import PackedBatch
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.kernels.spec import MISSING, PROVENANCES, RECOMPUTED, REPLAY
-from pacenote.replay.audit import by_provenance, by_role, by_staleness, by_turn, split, token_flips
+from pacenote.replay.audit import by_provenance, by_role, by_staleness, by_turn, flips, split, token_flips
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import checkpoint
-from pacenote.trainer.batch import microbatches
+from pacenote.trainer.batch import Microbatch, microbatches
 from pacenote.trainer.errors import NotFinite
+from pacenote.trainer.gap import Gap
 from pacenote.trainer.hf import HfBackend, OptimConfig
-from pacenote.trainer.step import Gap, ReplayMode, prepare, update
+from pacenote.trainer.step import ReplayMode, prepare, update
 from tests.trainer.recorded import COUNT, LENGTH, PROMPT, samples
 
 
@@ -67,7 +67,7 @@ def test_mixed_replays_the_engine_first_and_the_trainer_later(
     assert not torch.equal(rollout[1], own[1]), "nothing flips, so the comparison would say nothing"
 
 
-def routes_of(backend: HfBackend, steps: list[list[PackedBatch]], mode: ReplayMode) -> list[torch.Tensor]:
+def routes_of(backend: HfBackend, steps: list[list[Microbatch]], mode: ReplayMode) -> list[torch.Tensor]:
     """Rows [T, L, K] that each optimizer step replays."""
     routes = [[item.routes for item in step] for step in prepare(backend, steps, mode)[0]]
     return [torch.cat([r.rows.long() for r in step if r is not None]) for step in routes]
@@ -98,7 +98,7 @@ def test_the_provenance_of_rows_decides_what_trains(backend: HfBackend, trajecto
     changed = [replace(t, provenance=code) for t, code in zip(trajectories[:2], codes, strict=True)]
 
     def packed(config: OptimConfig) -> tuple[int, int]:
-        batches = microbatches(samples(changed), config, "cpu")
+        batches = [item.batch for item in microbatches(samples(changed), config, "cpu")]
         routes = [batch.routes for batch in batches if batch.routes is not None]
         return sum(int(b.loss_mask.sum()) for b in batches), sum(int((r.state == REPLAY).sum()) for r in routes)
 
@@ -114,25 +114,54 @@ def test_the_provenance_of_rows_decides_what_trains(backend: HfBackend, trajecto
 def test_the_gap_splits_by_what_a_batch_and_its_trajectories_know(
     backend: HfBackend, trajectories: list[Trajectory]
 ) -> None:
-    """Labels of a batch's positions, or of trajectories' tokens from the second on, in the batch's order."""
-    batch = microbatches(samples(trajectories), replace(backend.config, microbatch_tokens=10_000), "cpu")[0]
-    whole = gap_of(backend, trajectories)
+    """One batch of all, and many of a few, give the figures that `split` has from the arrays of one batch."""
+    mixed = [replace(t, version=t.version + i % 3) for i, t in enumerate(trajectories)]
+    item = microbatches(samples(mixed), replace(backend.config, microbatch_tokens=10_000), "cpu")[0]
+    batch = item.batch
+    whole = prepare(backend, [microbatches(samples(mixed), backend.config, "cpu")], "rollout", version=2)[1]
     assert batch.routes is not None
     assert whole.flips is not None
     native, own = backend.score_native(batch)
-    differs = token_flips(batch.routes.rows, own.rows, batch.routes.state == REPLAY)
-    kept = [trajectories[number] for number in batch.kept]
-    for labels in (
-        by_role(batch.loss_mask),
-        by_turn(batch.loss_mask, batch.segment_ids),
-        by_staleness(np.concatenate([t.version[1:] for t in kept]), 1),
-        by_provenance(np.concatenate([t.provenance for t in kept])),
-    ):
-        parts = split(native, batch.logprobs, batch.loss_mask, labels, flipped=differs).values()
-        mean = sum(p.mismatch.mean_abs * p.mismatch.tokens for p in parts if p.mismatch.tokens)
-        assert mean == pytest.approx(whole.native.mean_abs * whole.native.tokens, rel=1e-4)
-        flipped = sum(p.flipped * p.compared for p in parts if p.compared)
-        assert flipped == pytest.approx(whole.flips.any_layer * whole.flips.tokens)
+    compared = batch.routes.state == REPLAY
+    differs = token_flips(batch.routes.rows, own.rows, compared)
+    again = flips(batch.routes.rows, own.rows, compared)
+    assert whole.flips.any_layer == pytest.approx(again.any_layer)
+    assert whole.flips.flipped_by_layer == pytest.approx(again.flipped_by_layer)
+    assert whole.flips.overlap_by_layer == pytest.approx(again.overlap_by_layer)
+    kept = [mixed[number] for number in batch.kept]
+    assert [t.tokens.tolist() for t in item.trajectories] == [t.tokens.tolist() for t in kept]
+    assert list(whole.groups["staleness"]) == ["lag 0", "lag 1", "lag 2"]
+    for kind, labels in {
+        "role": by_role(batch.loss_mask),
+        "turn": by_turn(batch.loss_mask, batch.segment_ids),
+        "staleness": by_staleness(np.concatenate([t.version[1:] for t in kept]), 2),
+        "provenance": by_provenance(np.concatenate([t.provenance for t in kept])),
+    }.items():
+        parts = split(native, batch.logprobs, batch.loss_mask, labels, flipped=differs)
+        found = whole.groups[kind]
+        assert set(found) <= set(parts)
+        for name, part in found.items():
+            assert part.native.tokens == parts[name].mismatch.tokens
+            assert part.native.mean_abs == pytest.approx(parts[name].mismatch.mean_abs, rel=1e-4, nan_ok=True)
+            assert part.compared == parts[name].compared
+            assert part.flipped == pytest.approx(parts[name].flipped)
+        weights = [(p.trained.mean_abs, p.trained.tokens) for p in found.values() if p.trained.tokens]
+        assert sum(mean * n for mean, n in weights) == pytest.approx(whole.trained.mean_abs * whole.trained.tokens)
+        assert sum(p.compared for p in found.values()) == whole.flips.tokens
+
+
+def test_a_cut_trajectory_stays_aligned(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+    config = replace(backend.config, max_len=LENGTH - 3)
+    items = microbatches(samples(trajectories), config, "cpu")
+    _, gap = prepare(backend, [items], "rollout")
+    assert all(len(t) == LENGTH - 3 for item in items for t in item.trajectories)
+    assert gap.trained.tokens == COUNT * (LENGTH - 3 - PROMPT)
+    assert gap.groups["provenance"]["decode"].trained.tokens == COUNT * (LENGTH - 4 - PROMPT)
+
+
+def test_an_empty_step_has_no_gap(backend: HfBackend) -> None:
+    gap = prepare(backend, [], "rollout")[1]
+    assert (gap.trained.tokens, gap.flips, gap.missing, gap.groups) == (0, None, 0, {})
 
 
 def gradients(
