@@ -11,9 +11,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from pacenote.kernels.spec import FREE, RouterSpec
 from pacenote.replay.audit import Audit
 from pacenote.replay.counters import LayerCounters
 from pacenote.replay.errors import ReplayError, ScopeError, UnsupportedModel
-from pacenote.replay.scope import Forward, Recording, Scope, as_rows
+from pacenote.replay.recording import GenerationRecording, Recording
+from pacenote.replay.scope import Forward, Scope, as_rows
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config, router_spec
 
 _BIASES = ("e_score_correction_bias", "expert_bias")
 _CHECK_ROWS = 64
+R = TypeVar("R", Recording, GenerationRecording)
 
 
 def attach(model: nn.Module) -> Replay:
@@ -91,7 +93,7 @@ class Replay:
         self.geometry, self.spec = geometry, spec
         self._base, self._routers = base, routers
         self._scope: Scope | None = None
-        self._recording: Recording | None = None
+        self._recording: Recording | GenerationRecording | None = None
         self._forward = Forward(geometry.layers)
         self._closed_graph = False
         self._counters = LayerCounters(geometry.layers)
@@ -141,8 +143,7 @@ class Replay:
         if not scope.forwards:
             raise ScopeError("expected a forward pass inside the scope, got none: these rows were not replayed")
 
-    @contextmanager
-    def record(self) -> Iterator[Recording]:
+    def record(self) -> AbstractContextManager[Recording]:
         """Keep the experts of the last forward pass of the block; `.rows()` gives them as [B, S, L, K] int32.
 
         Inside `rows` it keeps the replayed ones. Costs nothing until `.rows()` is called.
@@ -150,10 +151,24 @@ class Replay:
         Raises:
             ScopeError: a recording inside a recording.
         """
+        return self._record(Recording(len(self._routers)))
+
+    def record_generation(self) -> AbstractContextManager[GenerationRecording]:
+        """Keep the experts of every position that `generate` reads; `.rows(tokens)` gives them as [B, N-1, L, K] int32.
+
+        One generation a block, with a dynamic cache or none, no beam search.
+
+        Raises:
+            ScopeError: a recording inside a recording; a pass whose place in the sequence cannot be told.
+        """
+        return self._record(GenerationRecording(len(self._routers)))
+
+    @contextmanager
+    def _record(self, recording: R) -> Iterator[R]:
         self._check_attached()
         if self._recording is not None:
             raise ScopeError("expected one recording at a time, got a nested one")
-        self._recording = recording = Recording(len(self._routers))
+        self._recording = recording
         try:
             yield recording
         finally:
@@ -187,11 +202,12 @@ class Replay:
             self._closed_graph = scope is not None
         if scope is None and recording is None:
             return
-        shape = _input_shape(args, kwargs)
+        ids, shape = _input(args, kwargs)
+        cached = _cached(kwargs)
         if scope is not None:
-            scope.begin(shape, _cached(kwargs))
+            scope.begin(shape, cached)
         if recording is not None:
-            recording.begin(shape)
+            recording.begin(shape, ids, cached)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the base model: every router must have run."""
@@ -238,13 +254,13 @@ class _RouterHook:
         return self.replay._route(self.index, output)
 
 
-def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """(B, S) of the base model's input ids [B, S] or embeddings [B, S, D]."""
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, tuple[int, int]]:
+    """The base model's input ids [B, S], or None where it got embeddings [B, S, D]; and (B, S)."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     given = kwargs.get("inputs_embeds") if ids is None else ids
     if not isinstance(given, Tensor) or given.ndim < 2:
         raise ScopeError(f"expected input_ids [B, S] or inputs_embeds [B, S, D], got {type(given).__name__}")
-    return int(given.shape[0]), int(given.shape[1])
+    return (given if given is ids else None), (int(given.shape[0]), int(given.shape[1]))
 
 
 def _cached(kwargs: dict[str, Any]) -> int | None:

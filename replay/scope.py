@@ -1,4 +1,4 @@
-"""Which rows are current, and what one forward pass reads of them.
+"""Which rows are current, and what one forward pass reads of them. `recording` is the other direction.
 
 Plain attributes throughout: on CUDA the backward pass, and with it the recomputation of checkpointed layers, runs on
 another thread, where thread-locals and context variables would be empty.
@@ -182,34 +182,3 @@ class Forward:
                 f"expected every router to run in a forward pass, those of layers {unread} did not: "
                 "a fused kernel or a skipped layer goes round the hook"
             )
-
-
-class Recording:
-    """Experts that the routers of the last forward pass used, replayed or their own."""
-
-    def __init__(self, num_layers: int) -> None:
-        """Nothing is recorded yet."""
-        self._experts: list[Tensor | None] = [None] * num_layers
-        self._shape: tuple[int, int] | None = None
-
-    def begin(self, shape: tuple[int, int]) -> None:
-        """A new pass over input [B, S]: forget the one before."""
-        self._shape = shape
-        self._experts = [None] * len(self._experts)
-
-    def put(self, index: int, experts: Tensor) -> None:
-        """Keep the experts [T, K] of MoE layer number `index`."""
-        self._experts[index] = experts
-
-    def rows(self) -> Tensor:
-        """Experts [B, S, L, K] int32 of the last forward pass, for its input [B, S], on the last router's device.
-
-        Raises:
-            ScopeError: no forward pass ran to its end.
-        """
-        kept = [experts for experts in self._experts if experts is not None]
-        if self._shape is None or len(kept) != len(self._experts):
-            raise ScopeError("expected a finished forward pass inside record(), got none: nothing is recorded")
-        device = kept[-1].device
-        stacked = torch.stack([experts.to(device) for experts in kept], dim=1).to(torch.int32)
-        return stacked.view(*self._shape, *stacked.shape[1:])

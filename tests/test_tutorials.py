@@ -11,7 +11,7 @@ import torch
 
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import model as models
-from tests.replay import families_table
+from tests.replay import families_table, features
 from tests.trainer import recorded
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "replay.md"
@@ -45,6 +45,6 @@ def test_replay_in_a_transformers_trainer(tiny_dir: Path, capsys: pytest.Capture
     assert sum(name.endswith("mlp.gate.weight") for name in moved) == len(names["replay"].layers)
 
 
-def test_the_table_is_what_the_tests_run_over() -> None:
-    table = families_table.table()
+@pytest.mark.parametrize("table", [families_table.table(), features.table()], ids=["families", "features"])
+def test_tables_are_what_the_tests_run_over(table: str) -> None:
     assert table in PAGE.read_text("utf-8"), f"docs/replay.md has another table; it should be:\n{table}"

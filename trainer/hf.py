@@ -16,6 +16,7 @@ from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.spec import Provenance
 from pacenote.replay.audit import Audit
 from pacenote.replay.hf import attach
+from pacenote.replay.packing import check_packing
 from pacenote.trainer import model as models
 
 
@@ -57,12 +58,15 @@ class HfBackend:
         """Load the model directory, attach the replay, make the optimizer.
 
         Raises:
-            ValueError: the directory is not a saved mixture-of-experts model whose routers can be replayed.
+            ValueError: the directory is not a saved mixture-of-experts model whose routers can be replayed, or the
+                model lets packed sequences see each other.
         """
         self.config, self.device, self.temperature = config, device, temperature
         self.tokenizer_from = directory
         self.model = models.load(directory, device=device).train()
         self.replay = attach(self.model)
+        check_packing(self.replay, self.model)
+        self.replay.audit(reset=True)  # the check's rows are nobody's
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )

@@ -122,23 +122,6 @@ def test_layers_swapped_change_the_output(tiny: Build) -> None:
     assert float((swapped - logits).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", MAIN)
-def test_gradient_checkpointing_recomputes_under_the_same_rows(tiny: Build, family: str, reentrant: bool) -> None:
-    model, tokens = tiny(family).train(), ids()
-    replay = attach(model)
-    rows = foreign(len(replay.layers))
-    with replay.rows(rows):
-        logits, grads = step(model, tokens)
-    plain = replay.audit(reset=True)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    with replay.rows(rows):
-        again, grads_again = step(model, tokens)
-    assert torch.equal(again, logits)
-    assert largest(grads, grads_again) == 0.0
-    assert replay.audit()["replayed"].tolist() == plain["replayed"].tolist()  # recomputation is not counted again
-
-
 def test_backward_may_run_on_another_thread(tiny: Build) -> None:
     model, tokens = tiny("glm4_moe_lite").train(), ids()
     replay = attach(model)
@@ -153,36 +136,6 @@ def test_backward_may_run_on_another_thread(tiny: Build) -> None:
         worker.start()
         worker.join()
     assert largest(grads, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}) == 0.0
-
-
-@pytest.mark.parametrize("family", MAIN)
-def test_packed_sequences_match_separate_ones(tiny: Build, family: str) -> None:
-    model, tokens = tiny(family), ids()
-    replay = attach(model)
-    rows = foreign(len(replay.layers))
-    with replay.rows(rows):
-        apart = model(input_ids=tokens, use_cache=False).logits
-    positions = torch.arange(LENGTH).repeat(BATCH)[None]
-    with replay.rows(rows.flatten(0, 1)):
-        packed = model(input_ids=tokens.view(1, -1), position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(packed.view_as(apart), apart, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("family", MAIN)
-def test_left_padding_with_free_rows_matches_the_bare_sequence(tiny: Build, family: str) -> None:
-    model, tokens, pad = tiny(family), ids(1), 4
-    replay = attach(model)
-    rows = foreign(len(replay.layers), batch=1)
-    with replay.rows(rows):
-        bare = model(input_ids=tokens, use_cache=False).logits
-    padded = torch.nn.functional.pad(tokens, (pad, 0))
-    padded_rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, pad, 0), value=-1)
-    mask = (torch.arange(LENGTH + pad) >= pad).long()[None]
-    with replay.rows(padded_rows):
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = model(input_ids=padded, attention_mask=mask, position_ids=places, use_cache=False).logits
-    torch.testing.assert_close(out[:, pad:], bare, atol=2e-5, rtol=0)
-    assert replay.audit()["free"].tolist() == [pad] * len(replay.layers)
 
 
 def test_a_free_last_row_leaves_earlier_positions_alone(tiny: Build) -> None:
@@ -271,19 +224,3 @@ def test_numpy_and_every_integer_dtype_mean_the_same(tiny: Build) -> None:
         with replay.rows(given):
             outputs.append(model(input_ids=tokens, use_cache=False).logits)
     assert all(torch.equal(out, outputs[0]) for out in outputs)
-
-
-def test_compiled_models_replay_without_a_stale_row(tiny: Build) -> None:
-    model, tokens = tiny("glm4_moe_lite"), ids()
-    replay = attach(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    native = model(input_ids=tokens, use_cache=False).logits
-    for seed in (1, 2):
-        rows = foreign(len(replay.layers), seed=seed)
-        with replay.rows(rows):
-            plain = model(input_ids=tokens, use_cache=False).logits
-        replay.audit(reset=True)
-        with replay.rows(rows):
-            assert torch.equal(compiled(input_ids=tokens, use_cache=False).logits, plain)
-        assert replay.audit()["replayed"].tolist() == [BATCH * LENGTH] * len(replay.layers)
-    assert torch.equal(compiled(input_ids=tokens, use_cache=False).logits, native)

@@ -43,6 +43,65 @@ def test_a_recording_keeps_the_last_step_of_generate(tiny: Build, family: str) -
     assert torch.equal(rows.sort(-1).values, whole.rows()[:, -1:].sort(-1).values)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("family", MAIN)
+def test_a_recorded_generation_replays_in_a_forward_pass(tiny: Build, family: str, cache: bool) -> None:
+    """R3 with transformers' own generation as the rollout: rows of prompts, padded on the left, and of answers."""
+    model, tokens = tiny(family), ids()
+    tokens[0, :3] = 0
+    seen = (torch.arange(LENGTH) >= torch.tensor([[3], [0]])).long()
+    replay = attach(model)
+    with replay.record_generation() as recording:
+        out = model.generate(
+            tokens, attention_mask=seen, max_new_tokens=NEW, do_sample=False, use_cache=cache, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+    rows = recording.rows(out)
+    assert rows.shape == (BATCH, LENGTH + NEW - 1, len(replay.layers), 2)
+    places = torch.cat([seen, torch.ones(BATCH, NEW - 1, dtype=torch.long)], dim=1)
+    inputs = {"input_ids": out[:, :-1], "attention_mask": places, "position_ids": (places.cumsum(1) - 1).clamp(0)}
+    with torch.no_grad(), replay.record() as whole:
+        native = model(**inputs, use_cache=False).logits
+    real = places.bool()
+    assert torch.equal(rows[real].sort(-1).values, whole.rows()[real].sort(-1).values)
+    with torch.no_grad(), replay.rows(rows):
+        logits = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits[real], native[real], atol=2e-5, rtol=0)
+
+
+def test_a_generation_that_cannot_be_told_is_refused(tiny: Build) -> None:
+    model, tokens = tiny(MAIN[0]), ids()
+    replay = attach(model)
+    with replay.record_generation() as recording:
+        out = generate(model, tokens)
+    with pytest.raises(ScopeError, match="another at sequence 1, position 3: a generation that reorders"):
+        recording.rows(out + (torch.arange(out.shape[1]) == 3) * torch.tensor([[0], [1]]))
+    with pytest.raises(ScopeError, match=r"expected tokens \[2, 15 or more\], got \[2, 12\]"):
+        recording.rows(tokens)
+    half = model(input_ids=tokens[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ScopeError, match="a cache of 4 more"), replay.record_generation():
+        model(input_ids=tokens[:, 4:], past_key_values=half)
+    with pytest.raises(ScopeError, match="got embeddings"), replay.record_generation():
+        model(inputs_embeds=model.get_input_embeddings()(tokens))
+    with pytest.raises(ScopeError, match="without waiting"), replay.record_generation():
+        model.generate(tokens, max_new_tokens=2, do_sample=False, cache_implementation="static", pad_token_id=0)
+    with pytest.raises(ScopeError, match="nothing is recorded"), replay.record_generation() as nothing:
+        nothing.rows(out)
+
+
+def test_beam_search_is_found_out(tiny: Build) -> None:
+    """Beams change places in the cache, which only the tokens tell."""
+    model, tokens = tiny(MAIN[0]), ids()
+    replay = attach(model)
+    with replay.record_generation() as recording:
+        out = model.generate(
+            tokens, max_new_tokens=8, num_beams=3, num_return_sequences=3, do_sample=False, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+    with pytest.raises(ScopeError, match="reorders its cache"):
+        recording.rows(out)
+
+
 @pytest.mark.parametrize(("cache", "got"), [(True, 1), (False, LENGTH + 1)])
 @pytest.mark.parametrize("family", MAIN)
 def test_rows_of_the_prompt_do_not_fit_the_second_step(tiny: Build, family: str, cache: bool, got: int) -> None:

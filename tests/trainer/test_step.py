@@ -20,6 +20,7 @@ from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.gap import Gap
 from pacenote.trainer.hf import HfBackend, OptimConfig
 from pacenote.trainer.step import ReplayMode, prepare, update
+from tests.replay.conftest import build
 from tests.trainer.recorded import COUNT, LENGTH, PROMPT, samples
 
 
@@ -157,6 +158,12 @@ def test_a_cut_trajectory_stays_aligned(backend: HfBackend, trajectories: list[T
     assert all(len(t) == LENGTH - 3 for item in items for t in item.trajectories)
     assert gap.trained.tokens == COUNT * (LENGTH - 3 - PROMPT)
     assert gap.groups["provenance"]["decode"].trained.tokens == COUNT * (LENGTH - 4 - PROMPT)
+
+
+def test_a_model_that_mixes_packed_samples_is_refused(tmp_path: Path) -> None:
+    build("gpt_oss").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="keeps packed sequences apart"):
+        HfBackend(tmp_path, OptimConfig(), device="cpu", temperature=1.0)
 
 
 def test_an_empty_step_has_no_gap(backend: HfBackend) -> None:
