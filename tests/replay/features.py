@@ -93,7 +93,7 @@ def compiled(model: Any, replayed: bool) -> None:
     native = Runner(model, False).logits(None, input_ids=tokens())
     run = Runner(model, replayed)
     torch.compiler.reset()
-    call = torch.compile(model, backend="aot_eager")
+    call: Any = torch.compile(model, backend="aot_eager")
     rows = run.rows()
     for turn in range(2):
         now = None if rows is None else rows.roll(turn, dims=1)
