@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pacenote.kernels import sparsemixer
 from pacenote.kernels.spec import FREE, PAD, REPLAY, RouterSpec
 
 REPLAYED, FREED, DUPLICATE, OUT_OF_RANGE, PADDED = range(5)
@@ -80,8 +81,8 @@ def weight_dtype(logits: torch.dtype, spec: RouterSpec) -> torch.dtype:
 
 
 def scores(logits: Tensor, spec: RouterSpec) -> Tensor:
-    """[T, E] scores of the logits [T, E]; `softmax_topk` scores by the logits themselves."""
-    if spec.score == "softmax_topk":
+    """[T, E] scores of the logits [T, E]; `softmax_topk` and `sparsemixer` score by the logits themselves."""
+    if spec.score in ("softmax_topk", "sparsemixer"):
         return wide(logits)
     x = in_score_dtype(logits, spec)
     return x.softmax(dim=1, dtype=x.dtype) if spec.score == "softmax" else x.sigmoid()
@@ -100,6 +101,8 @@ def chosen_weights(logits: Tensor, experts: Tensor, spec: RouterSpec) -> Tensor:
     if spec.score == "softmax_topk":
         x = in_score_dtype(logits, spec).gather(1, experts)
         w = x.softmax(dim=1, dtype=x.dtype)
+    elif spec.score == "sparsemixer":
+        w = sparsemixer.weights(in_score_dtype(logits, spec), experts, spec.jitter)
     else:
         w = scores(logits, spec).gather(1, experts)
     if spec.renormalize:

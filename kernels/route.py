@@ -1,7 +1,8 @@
 """Routing replay: recorded experts, weights from the trainer's own logits. `reference.replay_topk` is the definition.
 
 CPU tensors take the reference; CUDA and ROCm take the kernels of `route_triton`, and so does the CPU in Triton's
-interpreter; all through one custom op, so that eager, autograd and torch.compile see the same.
+interpreter; all through one custom op, so that eager, autograd and torch.compile see the same. sparsemixer takes the
+reference everywhere: plain torch that does not wait either.
 
 Legend: T tokens, E experts, K top-k.
 """
@@ -140,7 +141,7 @@ def _check_stats(stats: RouteStats, logits: Tensor) -> None:
 
 _SPEC = (
     "str score, bool renormalize, float eps, float scale, SymInt groups, SymInt topk_groups, str group_score, "
-    "str score_dtype, str weight_dtype"
+    "str score_dtype, str weight_dtype, float jitter"
 )
 
 
@@ -156,6 +157,7 @@ def _fields(spec: RouterSpec) -> tuple[Any, ...]:
         spec.group_score,
         spec.score_dtype,
         spec.weight_dtype,
+        spec.jitter,
     )
 
 
@@ -171,8 +173,14 @@ def _spec(fields: tuple[Any, ...]) -> RouterSpec:
         "group_score",
         "score_dtype",
         "weight_dtype",
+        "jitter",
     )
     return RouterSpec(**dict(zip(names, fields, strict=True)))
+
+
+def _takes_triton(logits: Tensor, spec: RouterSpec) -> bool:
+    """Whether the kernels route: they have every score but sparsemixer, one softmax a chosen expert."""
+    return spec.score != "sparsemixer" and launch.takes_triton(logits)
 
 
 def _op(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -193,7 +201,7 @@ def _forward(
     Counts and margin are [0] without `count`; so is the load, which also needs `load`.
     """
     spec = _spec(fields)
-    if launch.takes_triton(logits):
+    if _takes_triton(logits, spec):
         from pacenote.kernels import route_triton
 
         return route_triton.forward(logits, rows, state, bias, spec, count=count, load=load)
@@ -242,10 +250,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts, state = ctx.saved_tensors
-    if launch.takes_triton(logits):
+    spec = _spec(ctx.fields)
+    if _takes_triton(logits, spec):
         dlogits = _backward(logits, experts, state, grad, *ctx.fields)
     else:
-        dlogits = reference.replay_topk_backward(logits, experts, _spec(ctx.fields), grad, state=state)
+        dlogits = reference.replay_topk_backward(logits, experts, spec, grad, state=state)
     return dlogits, *(None,) * (5 + len(ctx.fields))
 
 

@@ -24,7 +24,8 @@ class RouterSpec:
     """What a router does between its logits [T, E] and (weights [T, K], experts [T, K]).
 
     Attributes:
-        score: "softmax" over all E, "sigmoid", or "softmax_topk": softmax over the K chosen logits only.
+        score: "softmax" over all E, "sigmoid", "softmax_topk": softmax over the K chosen logits only, or "sparsemixer":
+            softmax over the logits near each chosen one, see kernels/sparsemixer.py.
         renormalize: divide the chosen scores by their sum plus `eps`; for K = 1 as well, since the flag says so.
         eps: added to that sum (1e-20 in the DeepSeek-V3 family).
         scale: factor on the weights (`routed_scaling_factor`).
@@ -33,12 +34,13 @@ class RouterSpec:
         group_score: score of a group: "top2" sum of its best two, "topk_share" sum of its best K/topk_groups, "max".
         score_dtype: arithmetic from scores to weights: "float32", or "logits": each step rounded to the logits' dtype.
         weight_dtype: dtype of the weights returned: "float32", or "logits".
+        jitter: of sparsemixer alone: logits are near that are at most 2 `jitter` below the chosen one, as a part of it.
 
     Raises:
         ValueError: a value outside of these.
     """
 
-    score: Literal["softmax", "sigmoid", "softmax_topk"]
+    score: Literal["softmax", "sigmoid", "softmax_topk", "sparsemixer"]
     renormalize: bool = False
     eps: float = 0.0
     scale: float = 1.0
@@ -47,11 +49,12 @@ class RouterSpec:
     group_score: Literal["top2", "topk_share", "max"] = "top2"
     score_dtype: Literal["float32", "logits"] = "float32"
     weight_dtype: Literal["float32", "logits"] = "float32"
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values."""
         for name, value, known in (
-            ("score", self.score, ("softmax", "sigmoid", "softmax_topk")),
+            ("score", self.score, ("softmax", "sigmoid", "softmax_topk", "sparsemixer")),
             ("group_score", self.group_score, ("top2", "topk_share", "max")),
             ("score_dtype", self.score_dtype, ("float32", "logits")),
             ("weight_dtype", self.weight_dtype, ("float32", "logits")),
@@ -65,3 +68,8 @@ class RouterSpec:
             )
         if not (self.eps >= 0 and self.scale > 0):
             raise ValueError(f"RouterSpec expects eps >= 0 and scale > 0, got eps={self.eps}, scale={self.scale}")
+        if not (self.jitter == 0 or (self.score == "sparsemixer" and 0 < self.jitter < float("inf"))):
+            raise ValueError(
+                f"RouterSpec expects jitter >= 0, and 0 unless the score is sparsemixer, got jitter={self.jitter}, "
+                f"score={self.score!r}"
+            )

@@ -51,7 +51,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """What `diagnose` found. `geometry` and `spec` are None where the config does not say; `why` None if exact."""
+    """What `diagnose` found. `geometry` and `spec` are None where the config does not say; `why` None if exact.
+
+    `training`: what the model does in training that no engine does; None if nothing is known.
+    """
 
     model: str
     family: str
@@ -59,6 +62,7 @@ class Diagnosis:
     why: str | None
     geometry: RoutingGeometry | None = None
     spec: RouterSpec | None = None
+    training: str | None = None
     trials: tuple[Trial, ...] = ()
 
     @property
@@ -77,6 +81,8 @@ class Diagnosis:
             lines += [("routes in", where(self.geometry)), ("experts", how_many(self.geometry))]
         if self.spec is not None:
             lines.append(("weights", how(self.spec)))
+        if self.training is not None:
+            lines.append(("training", self.training))
         for trial in self.trials:
             lines.append(("tried", f"{trial.subject}: {_said(trial)}"))
         lines.append(("replay", self.verdict if self.why is None else f"{self.verdict}: {self.why}"))
@@ -107,7 +113,14 @@ def diagnose(model: Path, *, weights: bool = False) -> Diagnosis:
 
     def found(verdict: Verdict, why: str | None) -> Diagnosis:
         return Diagnosis(
-            model=name, family=family, verdict=verdict, why=why, geometry=geometry, spec=spec, trials=tuple(trials)
+            model=name,
+            family=family,
+            verdict=verdict,
+            why=why,
+            geometry=geometry,
+            spec=spec,
+            training=in_training(config, spec),
+            trials=tuple(trials),
         )
 
     with _quiet():
@@ -238,14 +251,32 @@ def how_many(geometry: RoutingGeometry) -> str:
 
 def how(spec: RouterSpec) -> str:
     """A spec in words."""
-    words = {"softmax": "softmax over all", "sigmoid": "sigmoid", "softmax_topk": "softmax over the chosen"}[spec.score]
-    parts = [words, "renormalised" if spec.renormalize else "as they are"]
+    words = {
+        "softmax": "softmax over all",
+        "sigmoid": "sigmoid",
+        "softmax_topk": "softmax over the chosen",
+        "sparsemixer": f"softmax over what is within {2 * spec.jitter:.3g} of each chosen (sparsemixer)",
+    }
+    parts = [words[spec.score], "renormalised" if spec.renormalize else "as they are"]
     if spec.scale != 1:
         parts.append(f"times {spec.scale:g}")
     if spec.groups > 1:
         parts.append(f"from {spec.topk_groups} of {spec.groups} groups by {spec.group_score}")
     arithmetic = "in float32" if spec.score_dtype == "float32" else "in the dtype of the logits"
     return ", ".join([*parts, arithmetic])
+
+
+def in_training(config: Config, spec: RouterSpec) -> str | None:
+    """What a model of the config does in training that no engine does, and what becomes of it; None: nothing known."""
+    drawn = spec.score == "sparsemixer"
+    parts = []
+    if drawn:
+        parts.append("experts are drawn at random, but inside rows() and record() all rows are routed as in evaluation")
+    name = "input_jitter_noise" if drawn else "router_jitter_noise"  # which is sparsemixer's threshold
+    noise = text_config(config).get(name)
+    if isinstance(noise, int | float) and noise > 0:
+        parts.append(f"hidden states are multiplied by noise, replayed or not: set {name} to 0 before loading")
+    return "; ".join(parts) or None
 
 
 def _said(trial: Trial) -> str:

@@ -180,6 +180,14 @@ def _deepseek_v2(fields: Config) -> RouterSpec:
     return RouterSpec(score="softmax", scale=scale, groups=groups, topk_groups=topk, group_score="max")
 
 
+def _phimoe(fields: Config) -> RouterSpec:
+    """sparsemixer, in the dtype of the logits; the module chooses two experts, whatever the config says."""
+    if integer(fields, "num_experts_per_tok") != 2:
+        raise UnsupportedModel(f"expected num_experts_per_tok 2 of phimoe, got {fields['num_experts_per_tok']}")
+    jitter = float(fields["router_jitter_noise"])
+    return RouterSpec(score="sparsemixer", jitter=jitter, score_dtype="logits", weight_dtype="logits")
+
+
 def _mistral4(fields: Config) -> RouterSpec:
     """DeepSeek-V3's router with softmax scores and no bias."""
     renormalize = bool(fields["norm_topk_prob"])
@@ -346,6 +354,7 @@ FAMILIES: dict[str, Family] = {
     "muse_spark_text": _deepseek_like(0, 1.0, eps=1e-15),
     "nemotron_h": Family(layers=_by_block, router=_sigmoid, defaults=_ONE_GROUP),
     "olmoe": Family(layers=_every, router=_softmax, defaults={"norm_topk_prob": False}),
+    "phimoe": Family(layers=_every, router=_phimoe, defaults={"num_experts_per_tok": 2, "router_jitter_noise": 0.01}),
     "qwen2_moe": Family(layers=_by_step, router=_softmax, defaults={**_QWEN, "norm_topk_prob": False}),
     "qwen3_5_moe_text": Family(layers=_every, router=_softmax, defaults={"norm_topk_prob": True}),
     "qwen3_moe": Family(layers=_by_step, router=_softmax, defaults={**_QWEN, "norm_topk_prob": False}),
@@ -383,8 +392,6 @@ REFUSED: dict[str, str] = {
     "longcat_flash": "it counts experts that do nothing among the chosen, and has two decoder blocks a layer",
     "nllb-moe": "its router has a capacity and drops tokens",
     "openai_privacy_filter": "it classifies tokens, and nothing samples from it",
-    "phimoe": "sparsemixer weighs an expert by softmax over the logits near the largest, so that a recorded expert far "
-    "from it has weight 0, and draws experts at random in training",
     "switch_transformers": "its router has a capacity and drops tokens",
     "zaya": "its router carries a state from layer to layer, and an expert that does nothing stands for the first one",
 }

@@ -2,6 +2,7 @@
 
 Each router module returns (router_logits [T, E], weights [T, K], experts [T, K]); a hook replaces the last two, in the
 dtype that the module gives. No class is patched and no forward is retyped, so `detach` leaves the model as it was.
+A router that draws experts at random in training (sparsemixer) routes as in evaluation inside a scope or a recording.
 
 Legend: B sequences, S positions, T = B x S tokens, D hidden size, E experts, K experts a token, L MoE layers.
 """
@@ -36,9 +37,9 @@ R = TypeVar("R", Recording, GenerationRecording)
 def attach(model: nn.Module) -> Replay:
     """Hook the routers of a transformers model (a causal language model, or its base model).
 
-    Every router runs once on random hidden states; weights and choice must be those of the family's spec. Nothing else
-    of the model runs, no parameter, buffer or random state changes. Attach before FSDP2's `fully_shard`: a sharded
-    router does not run alone, and is refused.
+    Every router runs once, as in evaluation, on random hidden states; weights and choice must be those of the family's
+    spec. Nothing else of the model runs, no parameter, buffer or random state changes. Attach before FSDP2's
+    `fully_shard`: a sharded router does not run alone, and is refused.
 
     Raises:
         UnsupportedModel: an unknown family, routers that are not where the config says, or that compute something
@@ -118,7 +119,7 @@ class Replay:
         """Replay these rows in every forward pass of the block, and in its backward pass.
 
         A checkpointed layer recomputes with the rows of the scope that is open: run backward before leaving, and never
-        in a later scope.
+        in a later scope. Free rows are routed as in evaluation, also by a router that draws at random in training.
 
         Args:
             rows: tensor or array [T, L, K] for an input [1, T], [B, S, L, K] for [B, S]; uint8, uint16, int32 or int64;
@@ -146,7 +147,9 @@ class Replay:
     def record(self) -> AbstractContextManager[Recording]:
         """Keep the experts of the last forward pass of the block; `.rows()` gives them as [B, S, L, K] int32.
 
-        Inside `rows` it keeps the replayed ones. Costs nothing until `.rows()` is called.
+        Inside `rows` it keeps the replayed ones. Costs nothing until `.rows()` is called. A router that draws at random
+        in training routes as in evaluation meanwhile, so that what is recorded can be replayed; then run backward
+        before leaving where layers are checkpointed.
 
         Raises:
             ScopeError: a recording inside a recording.
@@ -199,7 +202,7 @@ class Replay:
         scope, recording = self._scope, self._recording
         self._forward.begin()
         if torch.is_grad_enabled():
-            self._closed_graph = scope is not None
+            self._closed_graph = scope is not None or (recording is not None and self._draws)
         if scope is None and recording is None:
             return
         ids, shape = _input(args, kwargs)
@@ -221,21 +224,34 @@ class Replay:
             if self._closed_graph and not inside and torch.is_grad_enabled() and self._checkpoints(index):
                 raise ScopeError(
                     "expected backward inside the scope: a checkpointed layer is recomputed after its scope closed, "
-                    "which would differentiate another routing; keep `with replay.rows(...)` open over backward"
+                    "which would differentiate another routing; keep rows(...), or record(), open over backward"
                 )
             return None
         if inside:
             self._forward.read(index)
-        logits, weights, experts = output
         if scope is not None:
-            rows, state = scope.take(index, logits)
             stats = self._stats[index] if inside else None
-            bias = self._routers[index].bias
-            replayed, experts = replay_topk(logits, rows, self.spec, state=state, bias=bias, stats=stats)
-            weights = replayed.to(weights.dtype)
+            output = self._replayed(index, output, *scope.take(index, output[0]), stats)
+        elif self._draws and self._routers[index].module.training:
+            free = torch.full_like(output[2][:, 0], FREE, dtype=torch.uint8)
+            output = self._replayed(index, output, output[2], free, None)
         if recording is not None and inside:
-            recording.put(index, experts)
-        return None if scope is None else (logits, weights, experts)
+            recording.put(index, output[2])
+        return output
+
+    def _replayed(
+        self, index: int, output: Any, rows: Tensor, state: Tensor | None, stats: RouteStats | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A router's output with the weights and experts of rows [T, K] in their state [T]."""
+        logits, weights, _ = output
+        bias = self._routers[index].bias
+        replayed, experts = replay_topk(logits, rows, self.spec, state=state, bias=bias, stats=stats)
+        return logits, replayed.to(weights.dtype), experts
+
+    @property
+    def _draws(self) -> bool:
+        """Whether the routers draw experts at random in training."""
+        return self.spec.score == "sparsemixer"
 
     def _checkpoints(self, index: int) -> bool:
         layer = self._base.get_submodule(f"layers.{self._routers[index].layer}")
@@ -344,7 +360,8 @@ def _run_router(router: _Router, dtype: torch.dtype, geometry: RoutingGeometry) 
     shapes = [(_CHECK_ROWS, geometry.num_experts), (_CHECK_ROWS, geometry.top_k), (_CHECK_ROWS, geometry.top_k)]
     for attempt in range(2):
         try:
-            output = _call(module, hidden, extra)
+            with _evaluating(module):
+                output = _call(module, hidden, extra)
         except Exception as error:
             raise UnsupportedModel(
                 f"expected the router of layer {router.layer} ({type(module).__name__}) to run alone on hidden states "
@@ -361,6 +378,18 @@ def _run_router(router: _Router, dtype: torch.dtype, geometry: RoutingGeometry) 
         hidden = hidden * (8 / largest)  # large logits saturate the scores into ties
     logits, weights, experts = output
     return logits, weights, experts
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without what the module does in training only: noise, and experts drawn at random."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _call(module: nn.Module, hidden: Tensor, extra: list[Any]) -> Any:

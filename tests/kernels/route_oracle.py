@@ -48,6 +48,13 @@ FAMILIES = {
         True,
     ),
     "narrow-sigmoid": Family(RouterSpec(score="sigmoid", scale=1.7, score_dtype="logits"), 64, 4, True),
+    "phimoe": Family(RouterSpec(score="sparsemixer", jitter=0.01, score_dtype="logits", weight_dtype="logits"), 16, 2),
+    "sparsemixer-of-3": Family(
+        RouterSpec(score="sparsemixer", jitter=0.3, renormalize=True, eps=0.25, scale=1.8, groups=4, topk_groups=2),
+        24,
+        3,
+        True,
+    ),
     "top-1": Family(RouterSpec(score="softmax"), 16, 1),
     "top-1-renormalised": Family(RouterSpec(score="sigmoid", renormalize=True), 16, 1),
 }

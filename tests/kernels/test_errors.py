@@ -33,6 +33,9 @@ NAN = float("nan")
         ({"score": "softmax", "eps": NAN}, r"got eps=nan"),
         ({"score": "softmax", "scale": 0.0}, r"scale > 0, got .*scale=0\.0"),
         ({"score": "softmax", "scale": NAN}, r"scale=nan"),
+        ({"score": "softmax_topk", "jitter": 0.01}, r"0 unless the score is sparsemixer, got jitter=0\.01, .*topk"),
+        ({"score": "sparsemixer", "jitter": -0.01}, r"jitter >= 0.*got jitter=-0\.01"),
+        ({"score": "sparsemixer", "jitter": NAN}, r"got jitter=nan"),
     ],
 )
 def test_specs_that_describe_no_router(fields: dict[str, Any], words: str) -> None:

@@ -28,7 +28,7 @@ CASES = settings(max_examples=200, deadline=None, derandomize=True, suppress_hea
 
 def naive_scores(row: list[float], spec: RouterSpec) -> list[float]:
     """[E]."""
-    if spec.score == "softmax_topk":
+    if spec.score in ("softmax_topk", "sparsemixer"):
         return row
     if spec.score == "sigmoid":
         return [x if math.isnan(x) else (0.0 if x == -INF else 1 / (1 + math.exp(-x))) for x in row]
@@ -80,10 +80,26 @@ def naive_margin(row: list[float], ids: list[int], spec: RouterSpec, bias: list[
     return max(margin, 0.0) if math.isfinite(margin) else 0.0
 
 
+def naive_sparsemixer(row: list[float], experts: list[int], jitter: float) -> list[float]:
+    """[K]; each expert in turn among those near or above it, the earlier ones left out."""
+    weights = []
+    for n, chosen in enumerate(experts):
+        top, gates = row[chosen], []
+        for e, x in enumerate(row):
+            size = NAN if math.isnan(top) or math.isnan(x) else max(abs(x), top)
+            # Otherwise the quotient is no number or below 0, and so not above the threshold.
+            far = (top - x) / size > 2 * jitter if size and math.isfinite(top - x) else False
+            gates.append(-INF if e in experts[:n] or far else x)
+        weights.append(naive_scores(gates, RouterSpec(score="softmax"))[chosen])
+    return weights
+
+
 def naive_weights(row: list[float], experts: list[int], spec: RouterSpec) -> list[float]:
     """[K]."""
     if spec.score == "softmax_topk":
         w = naive_scores([row[e] for e in experts], RouterSpec(score="softmax"))
+    elif spec.score == "sparsemixer":
+        w = naive_sparsemixer(row, experts, spec.jitter)
     else:
         scores = naive_scores(row, spec)
         w = [scores[e] for e in experts]
@@ -112,8 +128,10 @@ def specs(draw: st.DrawFn, experts: int, k: int) -> RouterSpec:
         if experts % groups == 0 and experts // groups * opened >= k
     ]
     groups, opened = draw(st.sampled_from(splits))
+    score: Any = draw(st.sampled_from(("softmax", "sigmoid", "softmax_topk", "sparsemixer")))
     return RouterSpec(
-        score=draw(st.sampled_from(("softmax", "sigmoid", "softmax_topk"))),
+        score=score,
+        jitter=draw(st.sampled_from((0.0, 0.01, 0.3, 0.8))) if score == "sparsemixer" else 0.0,
         renormalize=draw(st.booleans()),
         eps=draw(st.sampled_from((0.0, 1e-20, 0.1))),
         scale=draw(st.sampled_from((1.0, 1.8))),
@@ -219,15 +237,16 @@ def test_backward_is_the_gradient(case: dict[str, Any], seed: int, device: torch
     assert torch.equal(through, wanted)
     if state is not None:
         assert not wanted[state == PAD].any()
-    if spec.score != "softmax":
+    if spec.score in ("sigmoid", "softmax_topk"):
         touched = torch.zeros_like(logits, dtype=torch.bool).scatter(1, out.experts, True)
         assert not wanted[~touched].any()
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_topk"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_topk", "sparsemixer"])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_gradcheck(score: Any, renormalize: bool, device: torch.device) -> None:
-    spec = RouterSpec(score=score, renormalize=renormalize, eps=1e-3, scale=1.7, groups=3, topk_groups=2)
+    jitter = 0.3 if score == "sparsemixer" else 0.0
+    spec = RouterSpec(score=score, renormalize=renormalize, eps=1e-3, scale=1.7, groups=3, topk_groups=2, jitter=jitter)
     logits = torch.randn(5, 12, dtype=torch.float64, device=device).requires_grad_()
     rows = torch.tensor([[3, 0, 11], [7, 7, 1], [2, 12, 1], [-1, 4, 5], [9, 1, 2]], device=device)
     state = torch.tensor([REPLAY, REPLAY, REPLAY, REPLAY, PAD], dtype=torch.uint8, device=device)
@@ -298,7 +317,7 @@ def test_ids_of_any_width_and_stride(dtype: torch.dtype, device: torch.device) -
 
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (9, 2, 16), (13, 4, 6), (40, 8, 128), (5, 3, 3)])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_topk"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_topk", "sparsemixer"])
 def test_padding_takes_distinct_experts_everywhere_and_weighs_nothing(
     tokens: int, k: int, experts: int, score: Any, device: torch.device
 ) -> None:
@@ -372,6 +391,12 @@ ROUTERS: list[tuple[str, str, dict[str, Any], RouterSpec]] = [
     ),
     ("mixtral", "MixtralTopKRouter", {"num_local_experts": 16}, RouterSpec(score="softmax", renormalize=True)),
     ("gpt_oss", "GptOssTopKRouter", {"num_local_experts": 16}, RouterSpec(score="softmax_topk", **LOGITS_DTYPE)),
+    (
+        "phimoe",
+        "PhimoeTopKRouter",
+        {"num_local_experts": 16, "router_jitter_noise": 0.15},
+        RouterSpec(score="sparsemixer", jitter=0.15, **LOGITS_DTYPE),
+    ),
     ("minimax_m2", "MiniMaxM2TopKRouter", {"num_local_experts": 16}, RouterSpec(score="sigmoid", renormalize=True)),
 ]
 
@@ -397,7 +422,7 @@ def compare_with_transformers(
 
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     config = AutoConfig.for_model(family, hidden_size=32, num_experts_per_tok=4, **fields)
-    router = getattr(module, kind)(config)
+    router = getattr(module, kind)(config).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in [*router.parameters(), *router.buffers()]:
         parameter.data.normal_(std=0.5, generator=generator)
@@ -410,7 +435,7 @@ def compare_with_transformers(
         extra = (bias,)
     logits, weights, experts = router(x, *extra)
     bias = None if bias is None else bias.float()
-    free = torch.full((64, 4), -1)
+    free = torch.full(experts.shape, -1)
     own = reference.replay_topk(logits, free, spec, bias=bias)
     distinct = torch.tensor([len(set(row.tolist())) == 16 for row in logits])  # bfloat16 logits tie, torch.topk at will
     assert distinct.sum() > 20
@@ -418,8 +443,9 @@ def compare_with_transformers(
     again = reference.replay_topk(logits, experts, spec, bias=bias)
     assert again.weights.dtype == weights.dtype
     assert torch.equal(again.weights, weights)
-    grad = torch.randn(64, 4, generator=generator).to(weights.dtype)
+    grad = torch.randn(weights.shape, generator=generator).to(weights.dtype)
     wanted, got = (torch.autograd.grad(w, logits, grad, retain_graph=True)[0] for w in (weights, again.weights))
     assert torch.equal(got, wanted)
+    assert wanted.any()
     if bias is not None:
         assert not torch.equal(reference.replay_topk(logits, free, spec).experts, own.experts)

@@ -54,7 +54,7 @@ def test_choices_are_compared_up_to_rounding(
 # --- the op ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["glm-4.7-flash", "deepseek-v2", "gpt-oss"])
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "deepseek-v2", "gpt-oss", "phimoe"])
 def test_opcheck(name: str, device: torch.device) -> None:
     inputs = of_family(name, tokens=9).on(device)
     fields = _fields(inputs.spec)
@@ -63,7 +63,7 @@ def test_opcheck(name: str, device: torch.device) -> None:
     for count, load in ((False, False), (True, False), (True, True)):
         args: tuple[Any, ...] = (logits, inputs.rows, inputs.state, inputs.bias, count, load, *fields)
         torch.library.opcheck(torch.ops.pacenote.replay_topk.default, args, test_utils=checks)
-    if not launch.takes_triton(logits):
+    if not launch.takes_triton(logits) or inputs.spec.score == "sparsemixer":
         return
     weights, experts, *_ = _forward(*args)
     backward = (logits.detach(), experts, inputs.state, torch.ones_like(weights.detach()), *fields)
@@ -86,7 +86,7 @@ def test_gradcheck(name: str, device: torch.device) -> None:
     assert torch.autograd.gradcheck(weights, logits.requires_grad_())
 
 
-@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3", "gpt-oss"])
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3", "gpt-oss", "phimoe"])
 def test_compiles_whole(name: str, device: torch.device) -> None:
     inputs = of_family(name, tokens=33).on(device)
     stats = RouteStats.zeros(device, inputs.logits.shape[1])
@@ -129,7 +129,7 @@ def test_compiles_once_for_any_length(device: torch.device) -> None:
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
-    for name in ("qwen3-plain", "glm-4.7-flash", "gpt-oss"):
+    for name in ("qwen3-plain", "glm-4.7-flash", "gpt-oss", "phimoe"):
         inputs = of_family(name).on(device)
         outs = []
         for enabled in (False, True):
@@ -231,14 +231,18 @@ def test_refuses(changed: dict[str, Any], words: str, device: torch.device) -> N
 
 
 def test_mode_is_what_it_says(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU and in the interpreter the kernel runs, else the definition; float64 always takes the definition."""
+    """On a GPU and in the interpreter the kernel runs, else the definition, as float64 and sparsemixer always do."""
     from pacenote.kernels import route_triton
 
     launched: list[torch.dtype] = []
     monkeypatch.setattr(route_triton, "forward", lambda logits, rows, *_, **__: _record(launched, logits, rows))
-    for dtype in (torch.float32, torch.float64):
+    for dtype, spec in (
+        (torch.float32, SIGMOID),
+        (torch.float64, SIGMOID),
+        (torch.float32, FAMILIES["phimoe"].spec),
+    ):
         logits = torch.zeros(3, 4, dtype=dtype, device=device)
-        replay_topk(logits, torch.zeros(3, 2, dtype=torch.int32, device=device), SIGMOID)
+        replay_topk(logits, torch.zeros(3, 2, dtype=torch.int32, device=device), spec)
     assert launched == ([torch.float32] if launch.INTERPRETED or device.type == "cuda" else [])
 
 
@@ -249,9 +253,10 @@ def _record(into: list[torch.dtype], logits: Tensor, rows: Tensor) -> tuple[Tens
 
 
 @pytest.mark.gpu
-def test_no_wait_and_graphs(device: torch.device) -> None:
+@pytest.mark.parametrize("name", ["deepseek-v3", "phimoe"])
+def test_no_wait_and_graphs(name: str, device: torch.device) -> None:
     """Nothing waits for the device; a captured graph replays with what then stands in its arguments."""
-    inputs = of_family("deepseek-v3", tokens=4096).on(device)
+    inputs = of_family(name, tokens=4096).on(device)
     logits = torch.nan_to_num(inputs.logits).requires_grad_()
     stats = RouteStats.zeros(device, inputs.logits.shape[1])
     given: dict[str, Any] = {"state": inputs.state, "bias": inputs.bias, "stats": stats}

@@ -19,7 +19,7 @@ from pacenote.replay.hf import Replay, attach
 
 NAMED = (
     "glm4_moe_lite", "glm4_moe", "deepseek_v3", "glm_moe_dsa", "qwen2_moe", "qwen3_moe", "qwen3_next",
-    "qwen3_5_moe_text", "mixtral", "gpt_oss", "minimax_m2", "olmoe", "ernie4_5_moe", "kimi_k2",
+    "qwen3_5_moe_text", "mixtral", "gpt_oss", "minimax_m2", "olmoe", "phimoe", "ernie4_5_moe", "kimi_k2",
 )  # fmt: skip
 BATCH, LENGTH, NEW, PAD = 2, 10, 3, 4
 Check = Callable[[Any, bool], None]

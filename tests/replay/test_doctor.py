@@ -13,11 +13,14 @@ import torch
 from pacenote.replay import doctor
 from pacenote.replay.families import REFUSED
 from pacenote.replay.hf import attach
-from pacenote.replay.spec import RoutingGeometry
+from pacenote.replay.spec import RoutingGeometry, router_spec
 from pacenote.trainer.cli import main
 from tests.replay.conftest import Build, default_config
 
-FAMILIES = ("glm4_moe_lite", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "kimi_k2", "ernie4_5_moe", "nemotron_h")
+FAMILIES = (
+    "glm4_moe_lite", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "kimi_k2", "ernie4_5_moe", "nemotron_h",
+    "phimoe",
+)  # fmt: skip
 
 
 def written(folder: Path, config: Any) -> Path:
@@ -116,6 +119,25 @@ def test_layers_in_words() -> None:
     assert doctor.how_many(geometry) == "8 of 384 a token; its routes are 96 bytes"
 
 
+def test_what_no_engine_does_in_training_is_told() -> None:
+    """Real Phi-3.5-MoE and Mixtral configs set their noise; sparsemixer draws whatever they set."""
+    drawn, noisy = "routed as in evaluation", "multiplied by noise, replayed or not: set {} to 0"
+    for family, fields, words in (
+        ("phimoe", {}, [drawn]),
+        ("phimoe", {"input_jitter_noise": 0.01}, [drawn, noisy.format("input_jitter_noise")]),
+        ("mixtral", {"router_jitter_noise": 0.01}, [noisy.format("router_jitter_noise")]),
+    ):
+        config = default_config(family, **fields)
+        told = doctor.in_training(config, router_spec(config))
+        assert told is not None
+        assert told.count(";") == len(words) - 1
+        assert all(part in told for part in words)
+        found = doctor.Diagnosis(model="m", family=family, verdict="exact", why=None, training=told)
+        assert f"training   {told}\n" in found.text()
+    config = default_config("mixtral")
+    assert doctor.in_training(config, router_spec(config)) is None
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(written(tmp_path, default_config("glm4_moe_lite")))
     assert main(["doctor", path]) == 0
@@ -126,9 +148,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = json.loads(capsys.readouterr().out)
     assert (found["verdict"], found["status"], found["geometry"]["top_k"]) == ("exact", 0, 4)
     assert found["spec"]["score"] == "sigmoid"
-    written(tmp_path, {"model_type": "phimoe"})
+    written(tmp_path, {"model_type": "longcat_flash"})
     assert main(["doctor", "--json", str(tmp_path)]) == 1
-    assert json.loads(capsys.readouterr().out)["why"].startswith("sparsemixer")
+    assert json.loads(capsys.readouterr().out)["why"].startswith("it counts experts that do nothing")
 
 
 @pytest.mark.parametrize(("text", "words"), [(None, "No such file"), ("{", "text that is not"), ("[]", "got list")])

@@ -107,18 +107,16 @@ def test_layers_that_the_config_names_and_the_model_does_not_have_are_refused(ti
         attach(model)
 
 
-@pytest.mark.parametrize("family", ["phimoe", "longcat_flash"])
-def test_what_no_spec_describes_is_refused_with_the_reason(family: str) -> None:
+def test_what_no_spec_describes_is_refused_with_the_reason() -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     small = {
-        "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 32, "num_local_experts": 4, "num_layers": 1, "ffn_hidden_size": 16,
-        "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32, "num_layers": 1,
+        "ffn_hidden_size": 16, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**small))
-    with pytest.raises(UnsupportedModel, match=f"not {family}'s: "):
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["longcat_flash"](**small))
+    with pytest.raises(UnsupportedModel, match="not longcat_flash's: "):
         attach(model)
 
 

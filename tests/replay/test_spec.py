@@ -193,6 +193,7 @@ def test_frequencies_that_cannot_be(freq: Any) -> None:
         ({**KIMI_K2, "scoring_func": "softmax"}, "scoring_func sigmoid, got 'softmax'"),
         ({"model_type": "cohere2_moe", "expert_selection_fn": "max"}, "softmax or sigmoid, got 'max'"),
         ({"model_type": "inkling2_text", "scoring_func": "sqrtsoftplus"}, "got 'sqrtsoftplus'"),
+        ({"model_type": "phimoe", "num_experts_per_tok": 4}, "num_experts_per_tok 2 of phimoe, got 4"),
     ],
 )
 def test_scores_that_no_spec_describes(config: dict[str, Any], words: str) -> None:
