@@ -5,6 +5,7 @@
 `plain` is `reference.replay_topk`: it also finds the router's own choice of every row, as the counts need it.
 `megatron` is `topk_routing_with_score_function`, for replayed rows with its RouterReplay: it gathers what it is given,
 checks no row and counts nothing. By itself it returns weights and a map [T, E]; `megatron-topk` asks for [T, K].
+`pacenote-map` is the op laid out as such maps, as a fused megatron router of `attach_megatron` does it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.models import MODELS, Model
 from pacenote.kernels import reference
 from pacenote.kernels.route import RouteStats, replay_topk
 from pacenote.kernels.spec import FREE
+from pacenote.replay.megatron_fused import spread
 from tests.kernels import route_oracle
 from tests.kernels.route_oracle import Inputs
 
@@ -145,6 +147,11 @@ def ours(logits: Tensor, inputs: Inputs, stats: RouteStats | None) -> tuple[Tens
     return replay_topk(logits, inputs.rows, inputs.spec, state=inputs.state, bias=inputs.bias, stats=stats)
 
 
+def mapped(logits: Tensor, inputs: Inputs, stats: RouteStats | None) -> tuple[Tensor, Tensor]:
+    """The op; probs and map [T, E] of logits [T, E]."""
+    return spread(*ours(logits, inputs, stats), logits.shape[1])
+
+
 def plain(logits: Tensor, inputs: Inputs, stats: RouteStats | None) -> tuple[Tensor, Tensor]:
     """The definition; weights and experts [T, K] of logits [T, E]."""
     rows, spec, bias = inputs.rows, inputs.spec, inputs.bias
@@ -229,6 +236,7 @@ def cases(name: str, tokens: int, setting: harness.Setting) -> Iterator[Case[Inp
     for work in WORKS:
         implementations: dict[str, Router] = {
             OURS: implementation(ours, work),
+            "pacenote-map": implementation(mapped, work),
             "plain": implementation(plain, work),
             "compiled": compiled(work, setting),
             "megatron": megatron(work, model),

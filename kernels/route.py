@@ -246,12 +246,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     logits, _, state, _, _, _, *fields = inputs
     ctx.save_for_backward(logits, output[1], state)
     ctx.fields = tuple(fields)
+    # Else each of the four results without a gradient costs a launch that fills zeros for nobody.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts, state = ctx.saved_tensors
     spec = _spec(ctx.fields)
-    if _takes_triton(logits, spec):
+    if grad is None:  # only the margin was differentiated, which is a count
+        dlogits = None
+    elif _takes_triton(logits, spec):
         dlogits = _backward(logits, experts, state, grad, *ctx.fields)
     else:
         dlogits = reference.replay_topk_backward(logits, experts, spec, grad, state=state)

@@ -18,8 +18,9 @@ Legend: M microbatches, L MoE layers of this rank, T tokens at a router, E exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from pacenote.replay.align import places
 from pacenote.replay.audit import Audit
 from pacenote.replay.counters import LayerCounters
 from pacenote.replay.errors import ReplayError, ScopeError, UnsupportedModel
+from pacenote.replay.megatron_fused import FusedSeat, check_fused, fused_layers
 from pacenote.replay.megatron_router import (
     Seat,
     find_routers,
@@ -45,15 +47,22 @@ from pacenote.replay.megatron_router import (
 from pacenote.replay.megatron_step import Microbatch, Read, Step, in_backward
 
 
-def attach_megatron(chunks: nn.Module | Sequence[nn.Module]) -> MegatronReplay:
+def attach_megatron(
+    chunks: nn.Module | Sequence[nn.Module], *, fused: bool | Collection[int] = False
+) -> MegatronReplay:
     """Attach to this rank's model chunk, or its chunks in the order of virtual pipeline stages.
 
     Wrappers (DistributedDataParallel, Float16Module) are looked through. Every router routes random logits once, and
     must choose and weigh as its config says.
 
+    Args:
+        chunks: of one model.
+        fused: routers that, inside a scope, score, choose, weigh and lay out in the route kernel instead of Megatron's
+            chain of ops: all of them, or those of these layers (global ids from 0, other ranks' among them).
+
     Raises:
-        UnsupportedModel: a config or router that cannot be replayed exactly, with each reason.
-        ReplayError: a chunk is attached already.
+        UnsupportedModel: a config or router that cannot be replayed, or fused, exactly, with each reason.
+        ReplayError: a chunk is attached already, or `fused` names what is no MoE layer.
     """
     given = [chunks] if isinstance(chunks, nn.Module) else list(chunks)
     if not given:
@@ -63,11 +72,15 @@ def attach_megatron(chunks: nn.Module | Sequence[nn.Module]) -> MegatronReplay:
     refuse(config)
     found = [find_routers(model) for model in models]
     spec, selection = router_spec(config), selection_spec(config)
+    layers = [router.layer_number - 1 for routers in found for router in routers]
+    opted = fused_layers(fused, layers, config)
     for router in [router for routers in found for router in routers]:
         if isinstance(router.router_replay, Seat):
             raise ReplayError("expected chunks without replay, these have it: detach() the other MegatronReplay first")
         self_check(router, spec, selection)
-    return MegatronReplay(models, found, spec, selection)
+        if router.layer_number - 1 in opted:
+            check_fused(router, spec, selection)
+    return MegatronReplay(models, found, spec, selection, opted)
 
 
 class MegatronReplay:
@@ -75,24 +88,36 @@ class MegatronReplay:
 
     Attributes:
         layers: global ids, from 0, of this rank's MoE layers in the order of the rows' L axis: chunk after chunk.
+        fused: those of them whose routers are fused.
         layout: which part of a batch this rank's routers see, for `pack(layout=...)` and `replay.align`.
         spec: how the routers weigh experts.
         num_experts: E.
         top_k: K.
     """
 
-    def __init__(self, models: list[Any], routers: list[list[Any]], spec: RouterSpec, selection: RouterSpec) -> None:
+    def __init__(
+        self,
+        models: list[Any],
+        routers: list[list[Any]],
+        spec: RouterSpec,
+        selection: RouterSpec,
+        fused: frozenset[int],
+    ) -> None:
         """Seat an object on every router of the models, and hook the models' forward passes."""
         config = models[0].config
         self.spec, self.num_experts, self.top_k = spec, int(config.num_moe_experts), int(config.moe_router_topk)
         self.layout = _layout(models[0])
-        places_of = iter(range(sum(map(len, routers))))
-        self._seats = [
-            [Seat(router, self, selection, chunk=chunk, index=next(places_of)) for router in found]
-            for chunk, found in enumerate(routers)
-        ]
+        places_of = count()
+
+        def seat_of(router: Any, chunk: int) -> Seat:
+            if router.layer_number - 1 in fused:
+                return FusedSeat(router, self, selection, spec, chunk=chunk, index=next(places_of))
+            return Seat(router, self, selection, chunk=chunk, index=next(places_of))
+
+        self._seats = [[seat_of(router, chunk) for router in found] for chunk, found in enumerate(routers)]
         seats = [seat for chunk in self._seats for seat in chunk]
         self.layers = tuple(seat.layer for seat in seats)
+        self.fused = tuple(layer for layer in self.layers if layer in fused)
         self._counters = LayerCounters(self.layers)
         self._running = [False] * len(models)
         # Whether the last forward pass of a chunk that keeps a graph was in a scope.

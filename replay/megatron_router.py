@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pacenote.kernels.route import RouteStats, replay_topk
-from pacenote.kernels.spec import FREE, RouterSpec
+from pacenote.kernels.spec import FREE, REPLAY, RouterSpec
 from pacenote.replay.errors import UnsupportedModel
 from pacenote.replay.megatron_step import Read
 
@@ -91,11 +91,18 @@ class Seat:
         if pads is None:
             return None
         probs, routing_map = output
-        # The condition under which TopKRouter has just counted them: not in evaluation, not in a checkpointed forward.
-        if router.enable_expert_bias and torch.is_grad_enabled():
-            with torch.no_grad():
-                router.local_tokens_per_expert -= (routing_map & pads).sum(dim=0)
+        uncount_padding(router, routing_map, pads)
         return probs.masked_fill(pads, 0.0), routing_map
+
+
+def uncount_padding(router: Any, routing_map: Tensor, pads: Tensor) -> None:
+    """Take the pads [T, 1] bool of a map [T, E] out of the tokens per expert that TopKRouter counts for its biases.
+
+    Where it counts none, in evaluation and in a checkpointed forward pass, none are taken out.
+    """
+    if router.enable_expert_bias and torch.is_grad_enabled():
+        with torch.no_grad():
+            router.local_tokens_per_expert -= (routing_map & pads).sum(dim=0)
 
 
 def replayed(
@@ -119,11 +126,11 @@ def router_spec(config: Any) -> RouterSpec:
     score, pre_softmax = config.moe_router_score_function, config.moe_router_pre_softmax
     if score not in ("softmax", "sigmoid"):
         raise UnsupportedModel(f"expected moe_router_score_function softmax or sigmoid, got {score!r}")
-    name: Literal["softmax", "sigmoid", "softmax_topk"] = "softmax" if pre_softmax else "softmax_topk"
-    name = "sigmoid" if score == "sigmoid" else name
+    kind: Literal["softmax", "sigmoid", "softmax_topk"] = "softmax" if pre_softmax else "softmax_topk"
+    kind = "sigmoid" if score == "sigmoid" else kind
     renormalize = score == "sigmoid" and config.moe_router_topk > 1
     return RouterSpec(
-        score=name,
+        score=kind,
         renormalize=renormalize,
         eps=1e-20 if renormalize else 0.0,
         scale=float(config.moe_router_topk_scaling_factor or 1.0),
@@ -201,15 +208,10 @@ def self_check(router: Any, spec: RouterSpec, selection: RouterSpec) -> None:
     Raises:
         UnsupportedModel: the module does not ask for experts, chooses or weighs them in another way than its spec.
     """
-    where = f"the router of layer {router.layer_number - 1} ({type(router).__name__})"
-    weight, experts, k = router.weight, router.config.num_moe_experts, router.topk
-    if weight.device.type == "meta":
+    where = name(router)
+    if router.weight.device.type == "meta":
         raise UnsupportedModel(f"expected loaded weights, got {where} on the meta device: attach after loading")
-    generator = torch.Generator().manual_seed(router.layer_number)
-    logits = torch.randn(_CHECK_ROWS, 1, experts, generator=generator).to(weight.device)
-    rows = torch.rand(_CHECK_ROWS, experts, generator=generator).argsort(1)[:, :k].to(weight.device)
-    free = torch.arange(_CHECK_ROWS, device=weight.device) % 2 == 0
-    state = torch.where(free, FREE, 1).to(torch.uint8)
+    logits, rows, state = example(router)
     probe, before = _Probe(rows, state, selection), router.router_replay
     try:
         router.router_replay = None
@@ -222,17 +224,35 @@ def self_check(router: Any, spec: RouterSpec, selection: RouterSpec) -> None:
         raise UnsupportedModel(
             f"expected {where} to ask its router_replay for experts once, it did {probe.asked} times"
         )
-    wanted = torch.where(free[:, None], own, torch.zeros_like(own).scatter(1, rows, True))
+    wanted = torch.where((state == FREE)[:, None], own, torch.zeros_like(own).scatter(1, rows, True))
     if not torch.equal(used, wanted):
         share = float((used != wanted).any(1).float().mean())
         raise UnsupportedModel(f"expected {where} to choose as {selection}, {share:.0%} of the choices differ")
-    chosen = used.nonzero()[:, 1].view(_CHECK_ROWS, k)
-    mine, _ = replay_topk(logits.view(_CHECK_ROWS, experts), chosen, spec)
+    chosen = used.nonzero()[:, 1].view(rows.shape)
+    mine, _ = replay_topk(logits.flatten(0, 1), chosen, spec)
     error = float((mine - probs.gather(1, chosen)).abs().max())
-    # Weights are at most `scale`; a few rounding steps are what another order of the same sum gives.
-    bound = 4 * torch.finfo(torch.float32).eps * max(1.0, spec.scale)
-    if not error <= bound:
+    if not error <= rounding(spec):
         raise UnsupportedModel(f"expected {where} to weigh as {spec}, the weights differ by {error:.3g}")
+
+
+def example(router: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Random logits [64, 1, E], valid rows [64, K] int64, and states [64] of which half are free, on its device."""
+    device, experts = router.weight.device, router.config.num_moe_experts
+    generator = torch.Generator().manual_seed(router.layer_number)
+    logits = torch.randn(_CHECK_ROWS, 1, experts, generator=generator)
+    rows = torch.rand(_CHECK_ROWS, experts, generator=generator).argsort(1)[:, : router.topk]
+    state = torch.tensor([FREE, REPLAY], dtype=torch.uint8).repeat(_CHECK_ROWS // 2)
+    return logits.to(device), rows.to(device), state.to(device)
+
+
+def rounding(spec: RouterSpec) -> float:
+    """How far apart float32 weights may be: at most `scale` large, a few steps off by another order of the same sum."""
+    return 4 * torch.finfo(torch.float32).eps * max(1.0, spec.scale)
+
+
+def name(router: Any) -> str:
+    """What errors call a router."""
+    return f"the router of layer {router.layer_number - 1} ({type(router).__name__})"
 
 
 def find_routers(chunk: nn.Module) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacenote.kernels import launch, reference
 from pacenote.kernels.route import RouteStats, _backward, _fields, _forward, replay_topk
@@ -163,6 +164,27 @@ def test_gradients_of_strided_arguments(device: torch.device) -> None:
         for x in (logits, logits.double())
     )
     no_worse("gradient", got, plain, gold, torch.float32)
+
+
+def test_backward_fills_no_zeros_for_results_without_a_gradient(device: torch.device) -> None:
+    """Experts, counts, margin and load have none; each would cost a launch a layer."""
+    inputs, filled = of_family("glm-4.7-flash", tokens=9).on(device), []
+    logits, stats = inputs.logits.requires_grad_(), RouteStats.zeros(device)
+    weights, _ = replay_topk(logits, inputs.rows, inputs.spec, state=inputs.state, bias=inputs.bias, stats=stats)
+
+    class Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            filled.extend([str(func)] if func.overloadpacket.__name__ == "zeros" else [])
+            return func(*args, **(kwargs or {}))
+
+    grad = torch.ones_like(weights)
+    with Zeros():  # type: ignore[no-untyped-call]
+        assert torch.autograd.grad(weights, logits, grad)[0].shape == logits.shape
+    assert filled == []
+    given = (logits, inputs.rows, inputs.state, inputs.bias, True, False, *_fields(inputs.spec))
+    margin = _forward(*given)[3]  # a count, though a float
+    (nothing,) = torch.autograd.grad(margin, logits, torch.ones_like(margin), allow_unused=True)
+    assert nothing is None
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

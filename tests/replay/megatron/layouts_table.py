@@ -16,14 +16,18 @@ def sizes(layout: Layout) -> str:
 
 def table() -> str:
     """A line a layout; every one of them holds the bounds that the page states above it."""
-    lines = ["| two processes | batches | attention | dense layers | recomputed |", "|---|---|---|---|---|"]
+    lines = [
+        "| two processes | batches | attention | dense layers | recomputed | routers |",
+        "|---|---|---|---|---|---|",
+    ]
     for layout in LAYOUTS.values():
         frequency = layout.config.get("moe_layer_freq")
         dense = "the first" if frequency is None else f"{frequency.count(0)} of {len(frequency)}, a stage has no other"
         recomputed = layout.config.get("recompute_granularity", "nothing")
         recomputed = "the MoE layers" if recomputed == "selective" else recomputed.replace("full", "every layer")
         attention = "MLA" if layout.mla else "plain"
-        lines.append(f"| {sizes(layout)} | {layout.format} | {attention} | {dense} | {recomputed} |")
+        routers = "fused" if layout.fused else "Megatron's"
+        lines.append(f"| {sizes(layout)} | {layout.format} | {attention} | {dense} | {recomputed} | {routers} |")
     return "\n".join(lines)
 
 

@@ -26,12 +26,13 @@ SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Parallel sizes, the config that goes with them, and the format of batches."""
+    """Parallel sizes, the config that goes with them, the format of batches, and whether routers are fused."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     mla: bool = True
     format: str = "sbhd"
+    fused: bool = False
 
     @property
     def reference(self) -> Layout:
@@ -50,10 +51,18 @@ LAYOUTS: dict[str, Layout] = {
     "tp2_sp_thd": Layout(
         sizes={"tp": 2, "etp": 2}, config={**_TP, "expert_tensor_parallel_size": 2}, mla=False, format="thd"
     ),
+    "tp2_sp_thd_fused": Layout(
+        sizes={"tp": 2, "etp": 2},
+        config={**_TP, "expert_tensor_parallel_size": 2},
+        mla=False,
+        format="thd",
+        fused=True,
+    ),
     "cp2": Layout(sizes={"cp": 2}, config={"context_parallel_size": 2, **SELECTIVE}),
     "cp2_thd": Layout(sizes={"cp": 2}, config={"context_parallel_size": 2}, format="thd"),
     "pp2": Layout(sizes={"pp": 2}, config={**_PP, **FULL}),
     "pp2_kept": Layout(sizes={"pp": 2}, config=_PP),
+    "pp2_fused": Layout(sizes={"pp": 2}, config={**_PP, **FULL}, fused=True),
     "pp2_dense_stage": Layout(sizes={"pp": 2}, config={**_PP, "num_layers": 4, "moe_layer_freq": [0, 0, 1, 1]}),
     "pp2_vpp2": Layout(sizes={"pp": 2, "vpp": 2}, config={**_PP, **_VPP, **FULL}),
     "pp2_vpp2_selective": Layout(sizes={"pp": 2, "vpp": 2}, config={**_PP, **_VPP, **SELECTIVE}),
@@ -75,7 +84,8 @@ def run(layout: Layout) -> dict[str, Any]:
     settings = model.config(mla=layout.mla, **layout.config)
     layers = tuple(layer for layer, sparse in enumerate(settings.moe_layer_freq) if sparse)
     models = model.chunks(settings, layout.sizes.get("vpp"))
-    replay = attach_megatron(models)
+    replay = attach_megatron(models, fused=layout.fused)
+    assert replay.fused == (replay.layers if layout.fused else ())
     make: Callable[..., drive.Batch] = {"sbhd": drive.sbhd, "thd": drive.thd}[layout.format]
     data = parallel_state.get_data_parallel_world_size()
     mine = drive.tokens(MICROBATCHES)[parallel_state.get_data_parallel_rank() :: data]
