@@ -1,22 +1,27 @@
 """Messages -> text -> token ids, by the tokenizer's own chat template.
 
 A family says which template arguments are fixed so that a longer conversation renders as the shorter one plus a suffix.
-That is a claim: `tito` proves it on every request, and `Template.load` proves it once for the roles that agents may
+That is a claim: `tito` proves it on every request, and `Template` measures it once for the roles that agents may
 append. Loading imports transformers (and torch where that is installed); importing this file does not.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import threading
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pacenote.rollout.errors import BadRequest, StartupError
+from pacenote.rollout.families import FAMILIES, KEPT, STRIPPED, UNTIL_ANSWERED, Family, detect_family
 from pacenote.rollout.messages import Message, parse_message
+
+__all__ = ["FAMILIES", "Family", "Template", "TemplateError", "detect_family", "first_difference", "shared"]
 
 Tools = Sequence[Mapping[str, Any]] | None
 Arguments = Mapping[str, Any]
@@ -28,34 +33,7 @@ class TemplateError(BadRequest):
     code = "template_error"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """Models whose chat templates behave alike.
-
-    Attributes:
-        name: as in `--family`.
-        markers: tokens that a vocabulary must hold for `auto` to choose this family.
-        fixed: template arguments that clients may not change.
-    """
-
-    name: str
-    markers: frozenset[str] = frozenset()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        # GLM-4.5, 4.6, 4.7, 5. Their templates take the thinking out of earlier turns unless told not to.
-        Family(
-            name="glm47",
-            markers=frozenset({"[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"}),
-            fixed={"clear_thinking": False},
-        ),
-        Family(name="default"),
-    )
-}
-_USER, _ANSWER, _MARK = "question", "answer", "pacenote-probe"
+_USER, _ANSWER, _MARK, _THOUGHT, _MORE = "question", "answer", "pacenote-probe", "pacenote-thought", "pacenote-more"
 
 
 class Template:
@@ -63,8 +41,12 @@ class Template:
 
     Attributes:
         family: which family it is used as.
-        closing: what the template writes after an assistant's content: "" for GLM, whose next opener closes a turn,
-            "<|im_end|>\\n" for ChatML.
+        closing: what the template writes after an assistant's content once more follows: "" for GLM, whose next opener
+            closes a turn, "<|im_end|>\\n" for ChatML, "<|end|>" for harmony.
+        closings: all that it writes there; the closing of a tool call may be another one.
+        thinking: what it does with the thinking of earlier turns, measured: KEPT, UNTIL_ANSWERED or STRIPPED.
+        rewrites: role -> how the template rewrites history when a message of that role is appended to an answer; only
+            roles of `append_roles` that do.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -72,34 +54,50 @@ class Template:
         append_roles: roles for which append-only rendering is proven now.
 
     Raises:
-        StartupError: no chat template, or one that rewrites history when a message is appended.
+        StartupError: no chat template; one that refuses or leaves out an appended message; or, where the family only
+            appends, one that rewrites history.
     """
 
     def __init__(self, tokenizer: Any, family: Family, *, append_roles: Collection[str] = ()) -> None:
-        self.family = family
-        self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._lock = threading.Lock()
-        self._headers: dict[str, str | None] = {}
         if not getattr(tokenizer, "chat_template", None):
             raise StartupError("expected a tokenizer with a chat template, got one without: add chat_template.jinja")
+        self.family = family.fitted(_source(tokenizer))
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._added = frozenset(tokenizer.get_added_vocab().values())
+        self._lock = threading.Lock()
+        self._headers: dict[str, str | None] = {}
         signature = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {*signature, "messages", "conversations"}
-        self.closing = self._find_closing()
-        for role in sorted(append_roles):
-            self._prove(role)
+        self._arguments_as_text = self._wants_text()
+        self._ends = self._find_ends()
+        self.closings = tuple(dict.fromkeys(self._ends.values()))
+        self.closing = self.closings[0]
+        self.thinking = self.find_thinking(dict(self.family.fixed))
+        found = {role: self._prove(role) for role in sorted(append_roles)}
+        self.rewrites = {role: difference for role, difference in found.items() if difference is not None}
 
     @classmethod
-    def load(cls, model: str, *, family: str = "auto", append_roles: Collection[str] = ()) -> Template:
+    def load(
+        cls,
+        model: str,
+        *,
+        family: str = "auto",
+        append_roles: Collection[str] = (),
+        chat_template: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Template:
         """The template of a model.
 
         Args:
             model: directory with the tokenizer's files, or the name of a model in the local hub cache.
-            family: a name of `FAMILIES`, or "auto": by the tokens of the vocabulary.
+            family: a name of `FAMILIES`, or "auto": by the vocabulary and the template's text.
             append_roles: see the class.
+            chat_template: a file to use instead of the tokenizer's own template.
+            trust_remote_code: run the code that some models bring for their tokenizer, as Kimi's do.
 
         Raises:
-            StartupError: no such model, no tokenizer in it, an unknown family, or as the class does.
+            StartupError: no such model, no tokenizer in it, no such file, an unknown family, or as the class does.
         """
         if family != "auto" and family not in FAMILIES:
             raise StartupError(f"expected a family of auto, {', '.join(FAMILIES)}, got {family!r}")
@@ -108,13 +106,17 @@ class Template:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever a tokenizer's files can make transformers raise
             raise StartupError(f"expected a model with a tokenizer, got {model}: {_line(error)}") from error
-        vocabulary = tokenizer.get_vocab()
+        if chat_template is not None:
+            try:
+                tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise StartupError(f"expected a chat template file, got {chat_template}: {_line(error)}") from error
         return cls(
             tokenizer,
-            FAMILIES[family] if family != "auto" else detect_family(vocabulary),
+            FAMILIES[family] if family != "auto" else _detect(tokenizer),
             append_roles=append_roles,
         )
 
@@ -152,7 +154,7 @@ class Template:
         Raises:
             TemplateError: the template refuses.
         """
-        plain = [message.plain for message in messages]
+        plain = [self._shape(message.plain) for message in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
                 plain,
@@ -185,65 +187,177 @@ class Template:
             return encoding.ids, [start for start, _ in encoding.offsets]
         with self._lock:
             ids = list(self._tokenizer.encode(text, add_special_tokens=False))
-        return ids, [0] * len(ids)
+            return ids, self._starts(ids, text)
 
-    def _find_closing(self) -> str:
-        arguments = dict(self.family.fixed)
+    def _starts(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where each token starts, by decoding: for tokenizers that do not say. All 0 if that gives another text."""
+        starts, pending, place = [], [], 0
+        for token in ids:
+            starts.append(place)
+            pending.append(token)
+            piece = self.decode(pending)
+            if piece and "\ufffd" not in piece:  # else a character whose last bytes are yet to come
+                place, pending = place + len(piece), []
+        return starts if place == len(text) else [0] * len(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def is_special(self, token: int) -> bool:
+        """Whether this id is of a token that text is always split at, so that nothing merges across it."""
+        return token in self._added
+
+    def past(self, text: str) -> tuple[str, str] | None:
+        """A history that ends with an answer, as it reads once more follows, and the closing it then has.
+
+        Args:
+            text: as rendered, without a generation prompt.
+
+        Returns:
+            (text, closing); None if the answer ends in no way that is known.
+        """
+        for end, later in self._ends.items():
+            if text.endswith(end):
+                return text[: len(text) - len(end)] + later, later
+        return None
+
+    def find_thinking(self, arguments: Arguments) -> str:
+        """What becomes of thinking with these arguments, tried: KEPT, UNTIL_ANSWERED or STRIPPED."""
+        kept = []
+        for role in ("tool", "user"):
+            messages = [*_probe(_ANSWER, tool=role == "tool", thinking=True), _message(role, _MORE)]
+            try:
+                text = self.render(messages, tools=None, arguments=arguments, generation=False)
+            except TemplateError:  # of no harm if no such message will come; `_prove` speaks up if it may
+                text = ""
+            kept.append(_THOUGHT in text)
+        return KEPT if kept[1] else UNTIL_ANSWERED if kept[0] else STRIPPED
+
+    def _shape(self, plain: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A message as this template reads it."""
+        shaped = self.family.shape(plain)
+        return _with_text(shaped) if self._arguments_as_text else shaped
+
+    def _plainly(self, messages: Sequence[Message], *, generation: bool = False) -> str:
+        return self.render(messages, tools=None, arguments=dict(self.family.fixed), generation=generation)
+
+    def _find_ends(self) -> dict[str, str]:
+        """What the template writes after an answer that comes last -> what it writes there once more follows.
+
+        Raises:
+            StartupError: it does not write an answer's content.
+        """
         try:
-            text = self.render(_probe(_MARK), tools=None, arguments=arguments, generation=False)
+            last, open_ = (self._plainly(_probe(_MARK), generation=generation) for generation in (False, True))
+            header = self.header(dict(self.family.fixed))
         except TemplateError as error:
             raise StartupError(f"expected a chat template that renders user and assistant: {error}") from error
-        if _MARK not in text:
+        if _MARK not in last or _MARK not in open_:
             raise StartupError("expected a chat template that writes the assistant's content, got one that does not")
-        return text.rpartition(_MARK)[2]
+        end, later = last.rpartition(_MARK)[2], open_.rpartition(_MARK)[2]
+        # Some templates open no new answer after an answer; there, nothing shows another closing.
+        ends = {end: later.removesuffix(header) if header and later.endswith(header) else end}
+        return ends | self._find_call_end(end)
 
-    def _prove(self, role: str) -> None:
-        """Check that appending a message of this role only appends text, and keeps the answer's closing."""
-        history = _probe(_ANSWER, tool=role == "tool")
-        arguments = dict(self.family.fixed)
+    def _find_call_end(self, end: str) -> dict[str, str]:
+        """The last special token of an answer that calls a tool, and what follows it, if it ends otherwise."""
         try:
-            old = self.render(history, tools=None, arguments=arguments, generation=False)
-            new = self.render([*history, _message(role, "more")], tools=None, arguments=arguments, generation=True)
+            text = self._plainly(_probe(_ANSWER, tool=True))
+        except TemplateError:
+            return {}
+        if _MARK not in text or text.endswith(end):
+            return {}
+        tail = text.rpartition(_MARK)[2]
+        ids, starts = self.encode(tail)
+        places = [start for token, start in zip(ids, starts, strict=True) if self.is_special(token)]
+        return {tail[places[-1] :]: tail[places[-1] :]} if places else {}
+
+    def _wants_text(self) -> bool:
+        """Whether the arguments of tool calls are written only if they come as JSON text. Templates differ."""
+        self._arguments_as_text = False
+        objects = _probe(_ANSWER, tool=True)
+        for messages in (objects, [replace(message, plain=_with_text(message.plain)) for message in objects]):
+            try:
+                if _MARK in self._plainly(messages):
+                    return messages is not objects
+            except TemplateError:
+                continue
+        return False
+
+    def _prove(self, role: str) -> str | None:
+        """How appending a message of this role rewrites history; None if it only appends."""
+        history = _probe(_ANSWER, tool=role == "tool")
+        leave = f"leave {role} out of --tito-allowed-append-roles"
+        try:
+            past = self.past(self._plainly(history))
+            new = self._plainly([*history, _message(role, _MORE)], generation=True)
         except TemplateError as error:
             raise StartupError(
                 f"expected a chat template that allows an appended {role} message (family {self.family.name}): "
-                f"{error}; leave {role} out of --tito-allowed-append-roles"
+                f"{error}; {leave}"
             ) from error
-        difference = first_difference(old, new)
-        if difference is not None or not old.endswith(self.closing):
+        if _MORE not in new:
+            raise StartupError(
+                f"expected a chat template that writes an appended {role} message (family {self.family.name}), got one "
+                f"that leaves it out; {leave}"
+            )
+        difference = first_difference(past[0], new) if past is not None else "another end of the answer"
+        if difference is not None and self.family.appends:
             raise StartupError(
                 f"expected a chat template that only appends when a {role} message follows an answer (family "
-                f"{self.family.name}), got one that rewrites: {difference or 'another end of the answer'}; leave "
-                f"{role} out of --tito-allowed-append-roles or use a family that fits"
+                f"{self.family.name}), got one that rewrites: {difference}; {leave} or use a family that fits"
             )
+        return difference
 
 
-def detect_family(vocabulary: Collection[str]) -> Family:
-    """The family whose markers the vocabulary holds, else `default`."""
-    for family in FAMILIES.values():
-        if family.markers and all(marker in vocabulary for marker in family.markers):
-            return family
-    return FAMILIES["default"]
+def shared(old: str, new: str) -> int:
+    """How many characters two texts start with in common."""
+    return bisect_left(range(1, min(len(old), len(new)) + 1), 1, key=lambda count: old[:count] != new[:count])
 
 
 def first_difference(old: str, new: str) -> str | None:
     """None if `old` is a prefix of `new`, else where and how they part."""
     if new.startswith(old):
         return None
-    at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    at = shared(old, new)
     return f"at character {at} {old[at : at + 40]!r} became {new[at : at + 40]!r}"
 
 
-def _probe(answer: str, *, tool: bool = False) -> list[Message]:
+def _probe(answer: str, *, tool: bool = False, thinking: bool = False) -> list[Message]:
     """A question and an answer, which calls a tool if a tool's message is to follow."""
-    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    reply = {"role": "assistant", "content": answer} | ({"tool_calls": [call]} if tool else {})
-    return [_message("user", _USER), parse_message(reply, "probe")]
+    arguments = json.dumps({"word": _MARK})
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    reply: dict[str, Any] = {"role": "assistant", "content": answer}
+    if thinking:  # a call's content may not stand beside thinking in every template
+        reply |= {"reasoning_content": _THOUGHT} | ({"content": ""} if tool else {})
+    return [_message("user", _USER), parse_message(reply | ({"tool_calls": [call]} if tool else {}), "probe")]
 
 
 def _message(role: str, text: str) -> Message:
     extra = {"tool_call_id": "call00000", "name": "f"} if role == "tool" else {}
     return parse_message({"role": role, "content": text} | extra, "probe")
+
+
+def _detect(tokenizer: Any) -> Family:
+    return detect_family(tokenizer.get_vocab(), _source(tokenizer) if tokenizer.chat_template else "")
+
+
+def _source(tokenizer: Any) -> str:
+    """The chat template's text; of several, all."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else "\n".join(template.values())
+
+
+def _with_text(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with the arguments of its tool calls as JSON text."""
+    calls = [
+        call
+        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in plain.get("tool_calls", ())
+    ]
+    return {**plain, "tool_calls": calls} if calls else plain
 
 
 def _line(error: Exception) -> str:

@@ -4,9 +4,12 @@ The parent's tokens stay as they were sampled; only the suffix is tokenised. Tha
 longer conversation as the shorter one plus a suffix, which is proven on every request by comparing texts. Where it is
 not so, the request is rendered in full as a new root.
 
-Boundaries. `Template.closing` and the next role's opener follow an answer. A sampled stop token that equals the first
-token of these stays, and the suffix starts after it; one that differs gives way to it (`Prompt.drop`). After an answer
-that ended by length the whole closing follows, not generated.
+Boundaries. A closing (`Template.past`) and the next role's opener follow an answer. A sampled stop token that is part
+of the closing, or that is the opener where nothing closes, stays, and the suffix starts after it; another one gives way
+(`Prompt.drop`). After an answer that ended by length the whole closing follows, not generated.
+
+Thinking. It stays in history if the template writes it back, and goes if the template leaves it out: then the request
+is rendered in full, too, as the model would see it anywhere else.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import numpy as np
 
 from pacenote.rollout.errors import RoleNotAllowed
 from pacenote.rollout.messages import Message
+from pacenote.rollout.spans import Rendered, message_ends
 from pacenote.rollout.template import Arguments, Template, Tools, first_difference
-from pacenote.rollout.turn import Prompt, Render, Turn
+from pacenote.rollout.turn import Answer, Prompt, Render, Turn
 
 FLAG = "--tito-allowed-append-roles"
 
@@ -65,23 +69,18 @@ def extend(
     stored = parent.history() if parent else []
     whole = [*stored, *messages[len(stored) :]]
     new = template.render(whole, tools=tools, arguments=arguments, generation=True)
-    rewritten = None
+    lead, closing, rewritten = 0, 0, None
     if parent is not None:
-        old = template.render(
-            stored, tools=parent.prompt.render.tools, arguments=parent.prompt.render.arguments, generation=False
-        )
-        rewritten = _rewritten(template, parent, old, new)
-    if parent is None or rewritten:
-        parent, stored, text, lead = None, [], new, 0
-    else:
-        text, lead = template.closing + new[len(old) :], len(old) - len(template.closing)
-    ids, starts = template.encode(text)
+        lead, closing, rewritten = _continue(template, parent, stored, new)
+    if rewritten:
+        parent, stored = None, []
+    ids, starts = template.encode(new[lead:])
     skip = drop = 0
-    if parent is not None and parent.answer.stopped:
-        skip = int(bool(ids) and ids[0] == int(parent.answer.ids[-1]))
-        drop = 1 - skip
-    render, ends = _ends(template, whole, len(stored), new, tools, arguments)
-    cuts = [bisect_left(starts, end - lead) for end in ends]
+    if parent is not None:
+        skip, drop = _join(template, parent.answer, ids, bisect_left(starts, closing))
+    bare = _bare(template, whole, new, tools, arguments)
+    rendered = Rendered(messages=whole, text=new, tools=tools, arguments=arguments)
+    cuts = [bisect_left(starts, end - lead) for end in message_ends(template, rendered, len(stored), len(bare))]
     appended = tuple(whole[len(stored) :])
     return Prompt(
         parent=parent,
@@ -90,40 +89,60 @@ def extend(
         ids=np.array(ids[skip:], dtype=np.int32),
         spans=_spans([message.role for message in appended], [max(0, cut - skip) for cut in cuts], len(ids) - skip),
         path=path,
-        render=render,
+        render=Render(length=len(bare), digest=_digest(bare), tools=tools, arguments=arguments),
         note=rewritten,
     )
 
 
-def _rewritten(template: Template, parent: Turn, old: str, new: str) -> str | None:
-    """None if the parent's tokens stand for the start of `new`, else the reason why they do not."""
-    render = parent.prompt.render
-    if _digest(old[: render.length]) != render.digest or not old.endswith(template.closing):
-        return "the template rewrites a prompt once it is answered"
-    difference = first_difference(old, new)
-    return None if difference is None else f"the template, its arguments or the tools rewrite history: {difference}"
+def _continue(template: Template, parent: Turn, stored: Sequence[Message], new: str) -> tuple[int, int, str | None]:
+    """The character of `new` at which the closing of the parent's answer starts, the closing's length, and None.
 
-
-def _ends(
-    template: Template, whole: Sequence[Message], start: int, new: str, tools: Tools, arguments: Arguments
-) -> tuple[Render, list[int]]:
-    """The proof for the next turn, and the character of `new` at which each message from `start` on ends.
-
-    A message whose end cannot be told, because the template rewrites it when the next one comes, ends where the one
-    before it does.
+    If the parent's tokens do not stand for what comes before it: 0, 0 and the reason.
     """
+    render = parent.prompt.render
+    old = template.render(stored, tools=render.tools, arguments=render.arguments, generation=False)
+    past = template.past(old)
+    if past is None or _digest(old[: render.length]) != render.digest:
+        return 0, 0, "the template rewrites a prompt once it is answered"
+    history, closing = past
+    difference = first_difference(history, new)
+    if difference is not None:
+        return 0, 0, f"the template, its arguments or the tools rewrite history: {difference}"
+    thought = parent.answer.message.reasoning
+    if thought is not None and thought.strip() not in history[render.length :]:
+        return 0, 0, "the template leaves the thinking of an answered turn out of history"
+    return len(history) - len(closing), len(closing), None
+
+
+def _join(template: Template, answer: Answer, ids: Sequence[int], closing: int) -> tuple[int, int]:
+    """How many of the tokens to append the answer ends with already, and 1 if its stop token gives way, else 0.
+
+    Args:
+        template: tells special tokens.
+        answer: the parent's.
+        ids: tokens of the closing and of what follows.
+        closing: how many of them are the closing's; without any, the next opener closes the answer.
+    """
+    said, drop = answer.ids.tolist(), 0
+    if answer.stopped:
+        for count in range(min(max(closing, 1), len(ids), len(said)), 0, -1):
+            if said[-count:] == ids[:count]:
+                return count, 0
+        said, drop = said[:-1], 1
+    # The answer was cut within a closing of several tokens. Ordinary text that looks like one is the answer's own.
+    if ids and template.is_special(ids[0]):
+        for count in range(min(closing, len(said)), 0, -1):
+            if said[-count:] == ids[:count]:
+                return count, drop
+    return 0, drop
+
+
+def _bare(template: Template, whole: Sequence[Message], new: str, tools: Tools, arguments: Arguments) -> str:
+    """`new` without the header of the answer, that is, the messages alone."""
     header = template.header(arguments)
     if header is not None and new.endswith(header):
-        bare = new[: len(new) - len(header)]
-    else:
-        bare = template.render(whole, tools=tools, arguments=arguments, generation=False)
-    ends: list[int] = []
-    for count in range(start + 1, len(whole)):
-        part = template.render(whole[:count], tools=tools, arguments=arguments, generation=False)
-        ends.append(len(part) if new.startswith(part) else (ends[-1] if ends else 0))
-    if len(whole) > start:
-        ends.append(len(bare))
-    return Render(length=len(bare), digest=_digest(bare), tools=tools, arguments=arguments), ends
+        return new[: len(new) - len(header)]
+    return template.render(whole, tools=tools, arguments=arguments, generation=False)
 
 
 def _spans(roles: Sequence[str], cuts: Sequence[int], total: int) -> tuple[tuple[str, int], ...]:

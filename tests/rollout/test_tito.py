@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from pacenote.rollout.errors import RoleNotAllowed
 from pacenote.rollout.messages import parse_messages
-from pacenote.rollout.template import FAMILIES, Template
+from pacenote.rollout.template import FAMILIES, Template, detect_family
 from pacenote.rollout.tito import check_roles
 from pacenote.rollout.turn import Prompt
+from tests.rollout import tokenizers
 
 if TYPE_CHECKING:
     from tests.rollout.conftest import Player
@@ -86,6 +87,105 @@ def test_boundaries_of_chatml(chatml_player: Player, stop: str | None, drop: int
     closing = player.token("<|im_end|>")
     trained = trajectory.tokens[trajectory.loss_mask == 1].tolist()
     assert trained == [40, 41] + ([closing] if stop == "<|im_end|>" else []) + [40, 41, closing]
+
+
+CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLING: Message = {"content": "ok", "tool_calls": [CALL]}
+SPOKEN: Message = {"content": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "message", "after", "kept", "appended"),
+    [
+        (
+            "qwen35",
+            "<|im_end|>",
+            CALLING,
+            tool("b"),
+            1,
+            "\n<|im_start|>user\n<tool_response>\nb\n</tool_response><|im_end|>",
+        ),
+        ("qwen35", "<|endoftext|>", SPOKEN, user("b"), 0, "<|im_end|>\n<|im_start|>user\nb<|im_end|>"),
+        ("deepseek32", "<｜end▁of▁sentence｜>", SPOKEN, user("b"), 1, "<｜User｜>b<｜Assistant｜><think>"),
+        ("deepseek32", None, SPOKEN, user("b"), 0, "<｜end▁of▁sentence｜><｜User｜>b<｜Assistant｜><think>"),
+        ("deepseek32", "<｜end▁of▁sentence｜>", CALLING, tool("b"), 1, "\n\n<function_results>\n<result>b</result>"),
+        ("kimi_k2", "<|im_end|>", SPOKEN, user("b"), 1, "<|im_user|>user<|im_middle|>b<|im_end|>"),
+        ("kimi_k2", "[EOS]", SPOKEN, user("b"), 0, "<|im_end|><|im_user|>user<|im_middle|>b<|im_end|>"),
+        ("kimi_k2", None, CALLING, tool("b"), 0, "<|im_end|><|im_system|>tool<|im_middle|>## Return of call00000\nb"),
+        ("minimax", "[e~[", SPOKEN, user("b"), 1, "\n]~b]user\nb[e~[\n]~b]ai"),
+        ("minimax", None, CALLING, tool("b"), 0, "[e~[\n]~b]tool\n<response>b</response>[e~["),
+        ("gpt_oss", "<|return|>", SPOKEN, user("b"), 0, "<|end|><|start|>user<|message|>b<|end|><|start|>assistant"),
+        (
+            "gpt_oss",
+            "<|call|>",
+            CALLING,
+            tool("b"),
+            1,
+            "<|start|>functions.f to=assistant<|channel|>commentary<|message|>",
+        ),
+        ("gpt_oss", "<|return|>", CALLING, tool("b"), 0, "<|call|><|start|>functions.f to=assistant"),
+        ("gpt_oss", None, SPOKEN, user("b"), 0, "<|end|><|start|>user<|message|>b<|end|>"),
+    ],
+)
+def test_boundaries_of_families(
+    new_player: Callable[..., Player],
+    name: str,
+    stop: str | None,
+    message: Message,
+    after: Message,
+    kept: int,
+    appended: str,
+) -> None:
+    """A stop token is kept once, or gives way to what the format has there; a cut answer gets the whole closing."""
+    tokenizer = tokenizers.tokenizer(name)
+    player = new_player(Template(tokenizer, detect_family(tokenizer.get_vocab(), tokenizers.source(name))))
+    after = after | ({"tool_call_id": "call00000"} if after["role"] == "tool" else {})
+    answer = player.ask([user("a")], [40, 41], stop=stop, message=message)
+    player.ask([user("a"), answer, after])
+    prompt = player.turn.prompt
+    assert prompt.parent is player.session.turns[0], prompt.note
+    assert prompt.drop == (0 if kept or stop is None else 1)
+    assert text(player, prompt).startswith(appended)
+    player.check()
+
+
+def test_an_answer_cut_within_its_closing_is_closed_once(chatml_player: Player) -> None:
+    """The budget ended on ChatML's closing token: the line break alone is missing."""
+    player = chatml_player
+    answer = player.ask([user("a")], [40, player.token("<|im_end|>")])
+    player.ask([user("a"), answer, user("b")])
+    assert player.turn.prompt.drop == 0
+    assert text(player, player.turn.prompt).startswith("\n<|im_start|>user\nb")
+    player.check()
+
+
+def test_thinking_that_a_template_strips_starts_a_new_root(new_player: Callable[..., Player]) -> None:
+    """The history of an answered turn is what the template makes of it, and the record says so."""
+    player = new_player(Template(tokenizers.tokenizer("deepseek31"), FAMILIES["deepseek32"]))
+    stop = "<｜end▁of▁sentence｜>"
+    player.ask([user("a")], [40], stop=stop)
+    answer = player.ask([user("a")], [40, 41], stop=stop, message={"content": "ok", "reasoning_content": "hm"})
+    player.ask([user("a"), answer, user("b")], [42], stop=stop)
+    prompt = player.turn.prompt
+    assert prompt.parent is None
+    assert prompt.note == "the template leaves the thinking of an answered turn out of history"
+    assert text(player, prompt) == (
+        "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think>ok<｜end▁of▁sentence｜><｜User｜>b<｜Assistant｜></think>"
+    )
+    player.check()
+
+
+def test_another_effort_starts_a_new_root_where_the_prompt_holds_it(new_player: Callable[..., Player]) -> None:
+    player = new_player(Template(tokenizers.tokenizer("gpt_oss"), FAMILIES["gpt_oss"]))
+    asked = [user("a")]
+    answer = player.ask(asked, [40], stop="<|return|>", request={"reasoning_effort": "low"})
+    player.ask([*asked, answer, user("b")], [41], stop="<|return|>", request={"reasoning_effort": "low"})
+    player.ask([*asked, answer, user("c")], [42], request={"reasoning_effort": "high"})
+    _, low, high = player.session.turns
+    assert low.parent is player.session.turns[0]
+    assert high.parent is None
+    assert "its arguments or the tools rewrite history" in (high.prompt.note or "")
+    player.check()
 
 
 def test_a_budget_that_ends_on_a_stop_token_is_no_stop(player: Player) -> None:
