@@ -63,6 +63,8 @@ def draw(logits: torch.Tensor, requests: Sequence[Request]) -> Draw:
 
 def _edited(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Logits [B, V] with each request's bias, and without stop tokens while the answer is shorter than asked for."""
+    if any(request.params.logit_bias or request.params.min_new_tokens for request in requests):
+        logits = logits.clone()  # the model's own output in float32 is an inference tensor, which cannot be written to
     for row, request in enumerate(requests):
         params = request.params
         if params.logit_bias:

@@ -34,6 +34,8 @@ CLIENT_FIELDS = (
 _OVERFLOW = re.compile(
     r"context[ _](length|window)|maximum (context|allowed length)|longer than the model", re.IGNORECASE
 )
+# What clients look for, each in the text: litellm the sentence, LangChain the code. The engine's own words vary.
+_TOO_LONG = "(context_length_exceeded: this model's maximum context length is less than was asked for)"
 _INT32 = 2**31
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -125,7 +127,7 @@ def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:
     """The error for a status other than 200: a 400 is the request's own fault, the rest is the engine's."""
     message = _reason(body)
     if status in (400, 413, 422) and _OVERFLOW.search(message):
-        return ContextOverflow(message, param="messages")
+        return ContextOverflow(f"{message} {_TOO_LONG}", param="messages")
     if status in (400, 422):
         return BadRequest(f"the engine refused the request: {message}")
     return UpstreamError(f"the engine answered {status}: {message}")

@@ -21,6 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
 TORCH = os.environ.get("TORCH", "2.13.0")
+CLIENTS_IMPORT = (
+    "fastuuid", "h2", "importlib-metadata<9", "pydantic-settings", "python-dotenv", "shortuuid", "tenacity", "tiktoken",
+    "toml",
+)  # fmt: skip
 
 
 def has_nvidia_gpu() -> bool:
@@ -67,6 +71,18 @@ def install_megatron() -> None:
         print("install: megatron-core could not be installed; tests/replay/megatron will be skipped", flush=True)
 
 
+def install_clients() -> None:
+    """litellm and Harbor, whose terminus-2 is the agent of some tests, without which the rest still installs.
+
+    They declare cloud SDKs, a database and, Harbor, Python 3.12; a chat and terminus-2 import only CLIENTS_IMPORT.
+    """
+    words = ("-c", str(ROOT / "constraints.txt"))
+    if not pip(*words, *CLIENTS_IMPORT, check=False) or not pip(
+        "--no-deps", "--ignore-requires-python", *words, "litellm", "harbor", check=False
+    ):
+        print("install: litellm and harbor could not be installed; their tests will be skipped", flush=True)
+
+
 def main() -> None:
     """Create or refresh the environment."""
     if sys.version_info < (3, 11):  # noqa: UP036  (this script is what tells the user)
@@ -80,6 +96,7 @@ def main() -> None:
     install_torch()
     pip("-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]")
     install_megatron()
+    install_clients()
     stamp.write_text(wanted)
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from transformers import AutoTokenizer
 
 from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
@@ -319,15 +320,28 @@ class Served:
 
     Attributes:
         url: base URL.
+        statuses: of all answers so far.
     """
 
     def __init__(self, app: Starlette) -> None:
+        self.statuses: list[int] = []
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
+        self._app = app
+        config = uvicorn.Config(self, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
         self._server = _Uvicorn(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app, its statuses noted."""
+
+        async def note(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                self.statuses.append(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, note)
 
     def __enter__(self) -> Served:
         self._thread.start()
@@ -493,6 +507,6 @@ def serve(tiny_dir: Path, scripted: ScriptedEngine) -> Callable[..., Served]:
     """Makes a session server in front of the scripted engine; enter it. Arguments are SessionConfig's."""
 
     def make(**options: Any) -> Served:
-        return Served(create_app(SessionConfig(model=str(tiny_dir), **({"upstream": scripted.url} | options))))
+        return Served(create_app(SessionConfig(**({"model": str(tiny_dir), "upstream": scripted.url} | options))))
 
     return make

@@ -96,6 +96,15 @@ def test_bias_stop_mask_and_alternatives() -> None:
     assert result.logprobs[0] == pytest.approx(0.0, abs=1e-4)
 
 
+def test_the_models_own_logits_are_not_written_to() -> None:
+    with torch.inference_mode():
+        logits = torch.tensor([[5.0, 0.0]])  # as a float32 model gives them: no cast makes a copy
+    for params in ({"logit_bias": {1: 50.0}}, {"min_new_tokens": 1}):
+        request = _request(temperature=0.0, stop_ids=frozenset({0}), **params)
+        assert draw(logits, [request]).tokens == [1]
+    assert logits.tolist() == [[5.0, 0.0]]
+
+
 @pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
 def test_broken_logits_are_reported_and_do_not_spread(bad: list[float]) -> None:
     result = draw(torch.tensor([bad, [0.0, 9.0]]), [_request(0), _request(1, temperature=0.0)])

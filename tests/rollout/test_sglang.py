@@ -289,9 +289,10 @@ def test_a_refusal_without_words() -> None:
     assert str(refusal(502, b"")) == "the engine answered 502: an empty body"
     assert str(refusal(502, b"\xff" * 9000)).startswith("the engine answered 502: \ufffd")
     assert len(str(refusal(400, json.dumps({"message": "x" * 9000}).encode()))) < 2100
-    overflow = refusal(400, json.dumps(SGLANG_LONG).encode())
+    overflow = refusal(400, json.dumps(SCHEDULER).encode())
     assert overflow.body()["error"] == {
-        "message": SGLANG_LONG["message"],
+        "message": f"{SCHEDULER['message']} (context_length_exceeded: this model's maximum context length is less than "
+        "was asked for)",
         "type": "invalid_request_error",
         "param": "messages",
         "code": "context_length_exceeded",
