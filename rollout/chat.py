@@ -17,7 +17,7 @@ import orjson
 
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.rollout.completion import Completion
-from pacenote.rollout.errors import BadRequest, SessionGone
+from pacenote.rollout.errors import BadRequest
 from pacenote.rollout.messages import chain, parse_messages
 from pacenote.rollout.session import Session
 from pacenote.rollout.sglang import Engine, chat_body, read_reply
@@ -71,9 +71,7 @@ class Chats:
             reply = await loop.run_in_executor(self.threads, read_reply, raw, prompt, self.geometry)
         else:
             reply = read_reply(raw, prompt, self.geometry)
-        if self.store.find(session_id) is not session:
-            raise SessionGone(f"session {session_id} was deleted while it generated")
-        turn = session.commit(pending, reply.answer, id=f"chatcmpl-{uuid.uuid4().hex}")
+        turn = await self.store.commit(session, pending, reply.answer, id=f"chatcmpl-{uuid.uuid4().hex}")
         name = request.get("model")
         return Completion(
             turn=turn,

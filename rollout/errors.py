@@ -5,10 +5,17 @@ SessionError
   BadRequest        400  a request that cannot be served
     RoleNotAllowed       a message of a role that may not be appended
     ContextOverflow      longer than the engine's context; code context_length_exceeded
+  Unauthorized      401  no token, or one that does not open this path
+  Forbidden         403  a session's key where an admin token is needed, or an engine's path that is kept closed
   UnknownSession    404  a session that was never started
   SessionGone       410  the session was deleted
+    SessionExpired       or was not used for too long
+  BodyTooLarge      413  a body above --max-body
+  Misdirected       421  a session that another process of this server holds
   ClientGone        499  the client closed its connection before the answer was ready
   UpstreamError     502  the engine did not answer, or its answer is not one that can be trained on
+  StoreError        503  the journal could not be written; the state is as it was
+    StoreFull       507  because its disk is full
   UpstreamTimeout   504  the engine took too long
 """
 
@@ -56,6 +63,18 @@ class ContextOverflow(BadRequest):
     code = "context_length_exceeded"
 
 
+class Unauthorized(SessionError):
+    """No token, or one that does not open this path."""
+
+    status, kind, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class Forbidden(SessionError):
+    """A session's key where an admin token is needed, or an engine's path that is kept closed."""
+
+    status, kind, code = 403, "invalid_request_error", "permission_denied"
+
+
 class UnknownSession(SessionError):
     """A session that was never started."""
 
@@ -68,10 +87,40 @@ class SessionGone(SessionError):
     status, kind, code = 410, "invalid_request_error", "session_deleted"
 
 
+class SessionExpired(SessionGone):
+    """The session was not used for too long."""
+
+    code = "session_expired"
+
+
+class BodyTooLarge(SessionError):
+    """A body above --max-body."""
+
+    status, kind, code = 413, "invalid_request_error", "body_too_large"
+
+
+class Misdirected(SessionError):
+    """A session that another process of this server holds; only a request past the common port gets here."""
+
+    status, kind, code = 421, "invalid_request_error", "misdirected_request"
+
+
 class ClientGone(SessionError):
     """The client closed its connection before the answer was ready; nobody reads this answer."""
 
     status, kind, code = 499, "invalid_request_error", "client_closed_request"
+
+
+class StoreError(SessionError):
+    """The journal could not be written; the state is as it was."""
+
+    status, kind, code = 503, "server_error", "store_unavailable"
+
+
+class StoreFull(StoreError):
+    """The journal's disk is full."""
+
+    status, code = 507, "store_full"
 
 
 class UpstreamError(SessionError):

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from pacenote.replay.spec import RoutingGeometry
+from pacenote.rollout.auth import Keys
 from pacenote.rollout.chat import Chats
 from pacenote.rollout.completion import Completion
 from pacenote.rollout.errors import BadRequest, ClientGone, SessionError, SessionGone, UnknownSession
@@ -38,13 +39,21 @@ class Front:
     """The handlers, and the chats that are in flight."""
 
     def __init__(
-        self, config: SessionConfig, template: Template, geometry: RoutingGeometry | None, store: SessionStore
+        self,
+        config: SessionConfig,
+        template: Template,
+        geometry: RoutingGeometry | None,
+        store: SessionStore,
+        *,
+        keys: Keys | None = None,
+        instance: str = "",
     ) -> None:
         """Open nothing yet; see `lifespan`."""
         self._config = config
         self._store = store
         self._model = config.served_model or config.model
-        self._instance = uuid.uuid4().hex
+        self._keys = keys
+        self._instance = instance or uuid.uuid4().hex
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
         self._flights: defaultdict[str, set[asyncio.Task[Completion]]] = defaultdict(set)
         self._template, self._geometry = template, geometry
@@ -75,7 +84,8 @@ class Front:
 
     async def create(self, request: Request) -> Response:
         """POST /sessions."""
-        return _json({"session_id": self._store.create().id})
+        session = await self._store.create()
+        return _json({"session_id": session.id} | ({"api_key": self._keys.issue(session.id)} if self._keys else {}))
 
     async def show(self, request: Request) -> Response:
         """GET /sessions/{id}: what was said; empty for an id that is not known, and creates nothing."""
@@ -96,7 +106,7 @@ class Front:
     async def delete(self, request: Request) -> Response:
         """DELETE /sessions/{id}: at once; what is in flight is aborted."""
         session_id = request.path_params["session_id"]
-        self._store.delete(session_id)
+        await self._store.delete(session_id)
         for task in self._flights.get(session_id, ()):
             task.cancel()
         return Response(status_code=204)
@@ -116,10 +126,9 @@ class Front:
         data = await self._off_loop(_encode, session.branches(include_superseded=superseded))
         return Response(data, media_type="application/octet-stream")
 
-    async def models(self, request: Request) -> Response:
-        """GET /sessions/{id}/v1/models."""
-        card = {"id": self._model, "object": "model", "created": 0, "owned_by": "pacenote"}
-        return _json({"object": "list", "data": [card]})
+    def busy(self) -> list[str]:
+        """Ids of sessions with chats in flight."""
+        return list(self._flights)
 
     async def chat(self, request: Request) -> Response:
         """POST /sessions/{id}/v1/chat/completions."""

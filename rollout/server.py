@@ -10,30 +10,41 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import signal
+import functools
+import ipaddress
+import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import orjson
-import uvicorn
-import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from pacenote.replay.errors import ReplayError
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config
+from pacenote.rollout import processes, serving
+from pacenote.rollout.auth import Guard, Keys, read_tokens
 from pacenote.rollout.errors import SessionError, StartupError
 from pacenote.rollout.front import Front, refuse, refuse_bug, refuse_path
+from pacenote.rollout.info import Info
 from pacenote.rollout.launch import exit_with_parent
+from pacenote.rollout.limits import BodyLimit, sweep
 from pacenote.rollout.messages import ROLES
-from pacenote.rollout.store import MemoryStore, SessionStore
+from pacenote.rollout.proxy import Proxy
+from pacenote.rollout.share import WHOLE, Share
+from pacenote.rollout.store import SessionStore, check_store, open_store
 from pacenote.rollout.template import FAMILIES, Template
 from pacenote.rollout.tito import FLAG
+
+_PROBE = ("The quick brown fox", "naïve Straße", "路由", "0123456789", "\t  def f(x): return x", "<|user|><|im_start|>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +60,12 @@ class SessionConfig:
         routing_replay: ask for routed experts and keep them.
         host, port: address to listen on.
         timeout: seconds that one answer of the engine may take.
+        store: where sessions live: "memory", or "sqlite:PATH" to outlive the process.
+        auth: "off" (on a loopback host only) or "tokens".
+        tokens: admin tokens for auth "tokens".
+        session_ttl: seconds after which a session that nobody uses is forgotten; None keeps it.
+        max_body: bytes of a request's body.
+        workers: processes behind the port; `create_app` makes the application of one.
 
     Raises:
         ValueError: a value that cannot be.
@@ -63,6 +80,12 @@ class SessionConfig:
     host: str = "127.0.0.1"
     port: int = 8100
     timeout: float = 600.0
+    store: str = "memory"
+    auth: str = "off"
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    session_ttl: float | None = None
+    max_body: int = 64 << 20
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if not self.upstream.startswith(("http://", "https://")):
@@ -74,32 +97,103 @@ class SessionConfig:
             raise ValueError(f"expected a timeout above 0 seconds, got {self.timeout}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"expected a port in 0..65535, got {self.port}")
+        check_store(self.store)
+        if self.session_ttl is not None and not self.session_ttl > 0:
+            raise ValueError(f"expected a session ttl above 0 seconds, got {self.session_ttl}")
+        for name, value in (("max body", self.max_body), ("number of workers", self.workers)):
+            if value < 1:
+                raise ValueError(f"expected a {name} of at least 1, got {value}")
+        self._check_auth()
+
+    def _check_auth(self) -> None:
+        if self.auth == "tokens":
+            Keys(self.tokens)
+        elif self.auth != "off":
+            raise ValueError(f"expected auth of off or tokens, got {self.auth!r}")
+        elif not _is_loopback(self.host):
+            raise ValueError(
+                f"auth off is for loopback hosts, got host {self.host}: whoever reaches the port could read and delete "
+                "every session; use --auth tokens"
+            )
 
 
-def create_app(config: SessionConfig, *, store: SessionStore | None = None) -> Starlette:
-    """The ASGI application. Loads the tokenizer and the model's config now.
+def create_app(
+    config: SessionConfig, *, store: SessionStore | None = None, share: Share = WHOLE, instance: str = ""
+) -> Starlette:
+    """The ASGI application. Loads the tokenizer, the model's config and the journal now.
 
     Args:
-        config: options; host and port are the caller's business.
-        store: where sessions live; memory if left out.
+        config: options; host, port and workers are the caller's business.
+        store: where sessions live; `config.store` if left out. It is closed with the application.
+        share: the part of all sessions that is this process's.
+        instance: what /health calls the server; drawn if left out.
 
     Raises:
-        StartupError: the model has no usable tokenizer, template or routing.
+        StartupError: the model has no usable tokenizer, template or routing, or the journal cannot be used.
     """
     template = Template.load(config.model, family=config.family, append_roles=config.append_roles)
     geometry = load_geometry(config.model) if config.routing_replay else None
-    front = Front(config, template, geometry, store if store is not None else MemoryStore())
+    keys = Keys(config.tokens) if config.auth == "tokens" else None
+    if store is None:
+        store = open_store(config.store, share=share, subject=_subject(template, geometry))
+    front = Front(config, template, geometry, store, keys=keys, instance=instance)
+    proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find)
     routes = [
         Route("/health", front.health, methods=["GET"]),
         Route("/sessions", front.create, methods=["POST"]),
         Route("/sessions/{session_id}", front.show, methods=["GET"]),
         Route("/sessions/{session_id}", front.delete, methods=["DELETE"]),
         Route("/sessions/{session_id}/samples", front.samples, methods=["POST"]),
-        Route("/sessions/{session_id}/v1/models", front.models, methods=["GET"]),
         Route("/sessions/{session_id}/v1/chat/completions", front.chat, methods=["POST"]),
+        *Info(config.served_model or config.model, store).routes(),
     ]
     handlers: Any = {SessionError: refuse, HTTPException: refuse_path, Exception: refuse_bug}
-    return Starlette(routes=routes, lifespan=front.lifespan, exception_handlers=handlers)
+    middleware = [Middleware(Guard, keys=keys)] if keys else []
+    middleware.append(Middleware(BodyLimit, limit=config.max_body))
+    app = Starlette(
+        routes=routes,
+        lifespan=_lifespan(config, front, store, proxy),
+        exception_handlers=handlers,
+        middleware=middleware,
+    )
+    app.router.default = proxy
+    return app
+
+
+def _lifespan(
+    config: SessionConfig, front: Front, store: SessionStore, proxy: Proxy
+) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(store.close)
+            stack.push_async_callback(proxy.close)
+            await stack.enter_async_context(front.lifespan(app))
+            if config.session_ttl is not None:
+                stack.callback(asyncio.create_task(sweep(store, config.session_ttl, front.busy)).cancel)
+            yield
+
+    return lifespan
+
+
+def _subject(template: Template, geometry: RoutingGeometry | None) -> str:
+    """What tells a journal of this model from one whose tokens or rows mean something else."""
+    ids = template.encode("\n".join(_PROBE))[0]
+    tokenizer = blake2b(repr(ids).encode(), digest_size=6).hexdigest()
+    if geometry is None:
+        return f"tokenizer {tokenizer}, no routes"
+    layers = blake2b(repr(geometry.layers).encode(), digest_size=6).hexdigest()
+    return (
+        f"tokenizer {tokenizer}, {len(geometry.layers)} layers ({layers}) of {geometry.num_experts} experts, "
+        f"{geometry.top_k} a token"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_geometry(model: str) -> RoutingGeometry:
@@ -128,20 +222,6 @@ def load_geometry(model: str) -> RoutingGeometry:
         raise StartupError(f"{path}: {error}; use --no-routing-replay to keep no routes") from error
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that ends quietly on SIGTERM and SIGINT."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end)
-        yield
-
-    def _end(self) -> None:
-        self.should_exit = True
-
-
 def serve(config: SessionConfig) -> None:
     """Answer until SIGTERM or SIGINT.
 
@@ -152,12 +232,22 @@ def serve(config: SessionConfig) -> None:
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
-        app = create_app(config)
-        listener.listen(2048)  # whoever reads the next line may connect
-        options = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, backlog=2048)
-        print(f"sessions on http://{config.host}:{listener.getsockname()[1]}, engine {config.upstream}", flush=True)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Server(options).serve(sockets=[listener]))
+        url = f"http://{config.host}:{listener.getsockname()[1]}"
+        ready = functools.partial(print, f"sessions on {url}, engine {config.upstream}", flush=True)
+        if config.workers == 1:
+            _serve_share(config, "", WHOLE, listener, ready)
+        else:
+            work = functools.partial(_serve_share, config, uuid.uuid4().hex)
+            processes.run(work, listener, count=config.workers, ready=ready)
+
+
+def _serve_share(
+    config: SessionConfig, instance: str, share: Share, listener: socket.socket, ready: Callable[[], None]
+) -> None:
+    app = create_app(config, share=share, instance=instance)
+    listener.listen(serving.BACKLOG)  # whoever is told that it is ready may connect
+    ready()
+    serving.run(app, listener)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +267,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"roles that agents may append after a generated answer, of {', '.join(ROLES)}")  # fmt: skip
     add("--routing-replay", action=argparse.BooleanOptionalAction, default=True, help="keep routed experts")
     add("--timeout", type=float, default=600.0, help="seconds that one answer of the engine may take")
+    add("--store", default="memory", help="where sessions live: memory, or sqlite:PATH to outlive the process")
+    add("--auth", default="off", choices=["off", "tokens"],
+        help="who may ask: anybody (loopback hosts only), or holders of tokens")  # fmt: skip
+    add("--auth-file", type=Path, metavar="PATH",
+        help="admin tokens, one a line; the variable PACENOTE_AUTH_TOKENS if left out")  # fmt: skip
+    add("--session-ttl", type=float, metavar="SECONDS", help="forget sessions that nobody used for so long")
+    add("--max-body", type=int, default=64 << 20, metavar="BYTES", help="largest body of a request")
+    add("--workers", type=int, default=1, metavar="N", help="processes behind the port; each holds its sessions")
     return parser
 
 
@@ -187,8 +285,12 @@ def serve_command(argv: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
     exit_with_parent()
-    roles = frozenset(options.pop("append_roles"))
+    roles, file = frozenset(options.pop("append_roles")), options.pop("auth_file")
     try:
+        if options["auth"] == "tokens":
+            options["tokens"] = read_tokens(file, os.environ)
+        elif file is not None:
+            raise ValueError("expected --auth tokens with --auth-file")
         config = SessionConfig(append_roles=roles, **options)
         serve(config)
     except OSError as error:

@@ -79,13 +79,14 @@ class Session:
         """Note the request's rivals: finished answers to the very same prompt."""
         return Pending(prompt=prompt, rivals=tuple(self._by_prompt.get(_address(prompt), ())))
 
-    def commit(self, pending: Pending, answer: Answer, *, id: str) -> Turn:
+    def commit(self, pending: Pending, answer: Answer, *, id: str, created: float | None = None) -> Turn:
         """Add the turn. Its rivals are superseded, unless the agent went on from them.
 
         Args:
             pending: from `begin`.
             answer: checked.
             id: the completion's id.
+            created: seconds since the epoch; now if left out.
         """
         prompt = pending.prompt
         turn = Turn(
@@ -94,7 +95,7 @@ class Session:
             prompt=prompt,
             answer=answer,
             path=chain([answer.message.key], prompt.path)[-1],
-            created=time.time(),
+            created=time.time() if created is None else created,
         )
         self._turns.append(turn)
         self._by_path[turn.path].append(turn)

@@ -1,42 +1,83 @@
-"""Where sessions live. The server knows the protocol; memory is the first place."""
+"""Where sessions live: in memory, or in memory and a journal. The server knows the protocol."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 import uuid
-from typing import Protocol
+import weakref
+from collections.abc import Callable, Collection, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
 
-from pacenote.rollout.errors import BadRequest, SessionGone
-from pacenote.rollout.session import Session
+from pacenote.rollout.errors import BadRequest, Misdirected, SessionExpired, SessionGone, StartupError
+from pacenote.rollout.journal import DELETED, EXPIRED, Journal
+from pacenote.rollout.session import Pending, Session
+from pacenote.rollout.share import WHOLE, Share
+from pacenote.rollout.turn import Answer, Turn
 
 MAX_ID = 256
+SQLITE = "sqlite:"
+log = logging.getLogger(__name__)
 
 
 class SessionStore(Protocol):
-    """Sessions by id. A deleted id is never used again."""
+    """Sessions by id. An id that was deleted, or has expired, is never used again.
 
-    def create(self) -> Session:
-        """A new session under a new id."""
+    What is awaited is kept for good once it returns. What raises has changed nothing.
+    """
+
+    async def create(self) -> Session:
+        """A new session under a new id.
+
+        Raises:
+            StoreError: it cannot be kept.
+        """
         ...
 
     def find(self, session_id: str) -> Session | None:
-        """The session, or None if there never was one.
+        """The session, or None if there never was one. Counts as use.
 
         Raises:
-            SessionGone: it was deleted.
+            SessionGone: it was deleted, or has expired.
+            Misdirected: another process holds it.
         """
         ...
 
     def open(self, session_id: str) -> Session:
-        """The session, started now if there never was one.
+        """The session, started now if there never was one. Counts as use.
 
         Raises:
-            SessionGone: it was deleted.
+            SessionGone: it was deleted, or has expired.
+            Misdirected: another process holds it.
             BadRequest: the id is too long.
         """
         ...
 
-    def delete(self, session_id: str) -> None:
-        """Forget the session and refuse its id from now on. Deleting twice, or what never was, is fine."""
+    async def commit(self, session: Session, pending: Pending, answer: Answer, *, id: str) -> Turn:
+        """`Session.commit`, kept for good. Cancelling the caller does not stop it half way.
+
+        Raises:
+            SessionGone: the session was deleted or has expired in the meantime.
+            StoreError: it cannot be kept.
+        """
+        ...
+
+    async def delete(self, session_id: str) -> None:
+        """Forget the session and refuse its id from now on. Deleting twice, or what never was, is fine.
+
+        Raises:
+            StoreError: it cannot be kept.
+        """
+        ...
+
+    async def expire(self, idle: float, busy: Collection[str]) -> list[str]:
+        """Forget sessions that nobody used for `idle` seconds; being `busy` now is use. Returns their ids."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was begun. Nothing is called after this."""
         ...
 
 
@@ -44,29 +85,44 @@ class MemoryStore:
     """A `SessionStore` in this process's memory.
 
     Args:
-        remembered: how many deleted ids are remembered; the oldest are forgotten beyond that.
+        remembered: how many ids that are gone are remembered; the oldest are forgotten beyond that.
+        share: this process's part of all sessions; new ids are drawn from it.
+        clock: seconds, for `expire`.
     """
 
-    def __init__(self, *, remembered: int = 1_000_000) -> None:
+    def __init__(
+        self, *, remembered: int = 1_000_000, share: Share = WHOLE, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._sessions: dict[str, Session] = {}
-        self._deleted: dict[str, None] = {}  # in order of deletion
+        self._gone: dict[str, str] = {}  # id -> DELETED | EXPIRED, in order
+        self._used: dict[str, float] = {}
         self._remembered = remembered
+        self._share = share
+        self._clock = clock
 
     def __len__(self) -> int:
         """Sessions that are held."""
         return len(self._sessions)
 
-    def create(self) -> Session:
+    async def create(self) -> Session:
         """See `SessionStore.create`."""
-        session = Session(uuid.uuid4().hex)
-        self._sessions[session.id] = session
+        session = Session(self._draw())
+        self._hold(session)
         return session
 
     def find(self, session_id: str) -> Session | None:
         """See `SessionStore.find`."""
-        if session_id in self._deleted:
+        if not self._share.holds(session_id):
+            raise Misdirected(f"session {session_id} lives in another process of this server: ask the server's port")
+        reason = self._gone.get(session_id)
+        if reason == EXPIRED:
+            raise SessionExpired(f"session {session_id} expired, unused too long: start another with POST /sessions")
+        if reason is not None:
             raise SessionGone(f"session {session_id} was deleted: start another with POST /sessions")
-        return self._sessions.get(session_id)
+        session = self._sessions.get(session_id)
+        if session is not None:
+            self._used[session_id] = self._clock()
+        return session
 
     def open(self, session_id: str) -> Session:
         """See `SessionStore.open`."""
@@ -74,12 +130,183 @@ class MemoryStore:
         if session is None:
             if len(session_id) > MAX_ID:
                 raise BadRequest(f"a session id has at most {MAX_ID} characters, got {len(session_id)}")
-            session = self._sessions[session_id] = Session(session_id, recovered=True)
+            session = Session(session_id, recovered=True)
+            self._hold(session)
         return session
 
-    def delete(self, session_id: str) -> None:
+    async def commit(self, session: Session, pending: Pending, answer: Answer, *, id: str) -> Turn:
+        """See `SessionStore.commit`."""
+        self._check(session)
+        return session.commit(pending, answer, id=id)
+
+    async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
+        self._forget(session_id, DELETED)
+
+    async def expire(self, idle: float, busy: Collection[str]) -> list[str]:
+        """See `SessionStore.expire`."""
+        expired = self._idle(idle, busy)
+        for session_id in expired:
+            self._forget(session_id, EXPIRED)
+        return expired
+
+    async def close(self) -> None:
+        """See `SessionStore.close`."""
+
+    def _draw(self) -> str:
+        while not self._share.holds(session_id := uuid.uuid4().hex):
+            pass
+        return session_id
+
+    def _hold(self, session: Session) -> None:
+        self._sessions[session.id] = session
+        self._used[session.id] = self._clock()
+
+    def _check(self, session: Session) -> None:
+        if self.find(session.id) is not session:
+            raise SessionGone(f"session {session.id} was deleted while it generated")
+
+    def _forget(self, session_id: str, reason: str) -> None:
         self._sessions.pop(session_id, None)
-        self._deleted[session_id[:MAX_ID]] = None
-        while len(self._deleted) > self._remembered:
-            del self._deleted[next(iter(self._deleted))]
+        self._used.pop(session_id, None)
+        self._gone.setdefault(session_id[:MAX_ID], reason)
+        while len(self._gone) > self._remembered:
+            del self._gone[next(iter(self._gone))]
+
+    def _idle(self, idle: float, busy: Collection[str]) -> list[str]:
+        now = self._clock()
+        self._used.update((session_id, now) for session_id in busy if session_id in self._sessions)
+        return [session_id for session_id, used in self._used.items() if now - used >= idle]
+
+
+class JournalStore(MemoryStore):
+    """A `SessionStore` whose sessions outlive the process. Everything is read at the start.
+
+    Memory changes after the journal, in the journal's order, so a journal that cannot be written leaves both as they
+    were.
+
+    Args:
+        journal: opened; closed by `close`.
+        remembered, share, clock: as `MemoryStore`.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        remembered: int = 1_000_000,
+        share: Share = WHOLE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(remembered=remembered, share=share, clock=clock)
+        self._journal = journal
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._begun: set[asyncio.Task[Any]] = set()
+        self._gone.update(journal.gone(remembered))
+        for session in journal.sessions():
+            self._hold(session)
+
+    async def create(self) -> Session:
+        """See `SessionStore.create`."""
+        session = Session(self._draw())
+        await self._journal.start(session)
+        self._hold(session)
+        return session
+
+    async def commit(self, session: Session, pending: Pending, answer: Answer, *, id: str) -> Turn:
+        """See `SessionStore.commit`."""
+        turn: Turn = await self._whole(self._commit(session, pending, answer, id))
+        return turn
+
+    async def delete(self, session_id: str) -> None:
+        """See `SessionStore.delete`."""
+        await self._whole(self._end(session_id, DELETED))
+
+    async def expire(self, idle: float, busy: Collection[str]) -> list[str]:
+        """See `SessionStore.expire`."""
+        expired = self._idle(idle, busy)
+        for session_id in expired:
+            await self._whole(self._end(session_id, EXPIRED))
+        return expired
+
+    async def close(self) -> None:
+        """See `SessionStore.close`."""
+        while self._begun:
+            await asyncio.wait(self._begun)
+        await asyncio.to_thread(self._journal.close)
+
+    async def _commit(self, session: Session, pending: Pending, answer: Answer, id: str) -> Turn:
+        lock = self._locks.setdefault(session.id, asyncio.Lock())
+        async with lock:
+            self._check(session)
+            created = time.time()
+            await self._journal.append(session, pending, answer, id=id, created=created)
+            turn = session.commit(pending, answer, id=id, created=created)
+        self._check(session)
+        return turn
+
+    async def _end(self, session_id: str, reason: str) -> None:
+        """Refuse the id at once; take that back if it cannot be kept."""
+        session, used = self._sessions.get(session_id), self._used.get(session_id, 0.0)
+        if session_id in self._gone:
+            return
+        self._forget(session_id, reason)
+        try:
+            await self._journal.end(session_id[:MAX_ID], reason)
+        except BaseException:
+            self._gone.pop(session_id[:MAX_ID], None)
+            if session is not None:
+                self._sessions[session_id], self._used[session_id] = session, used
+            raise
+
+    async def _whole(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Await work that goes on to its end even if the caller is cancelled."""
+        task = asyncio.ensure_future(work)
+        self._begun.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._begun.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.debug("a session's change was not kept", exc_info=task.exception())
+
+
+def open_store(where: str, *, share: Share = WHOLE, subject: str = "") -> SessionStore:
+    """The store of a `--store` value.
+
+    Args:
+        where: "memory", or "sqlite:PATH".
+        share: this process's part of all sessions; each process has a file of its own, PATH, PATH.1, PATH.2 and so on.
+        subject: what the tokens and rows in the journal mean; a journal of another subject is refused.
+
+    Raises:
+        StartupError: the journal cannot be used.
+        ValueError: no such store.
+    """
+    if where == "memory":
+        return MemoryStore(share=share)
+    path = check_store(where)
+    assert path is not None
+    if share.index:
+        path = path.with_name(f"{path.name}.{share.index}")
+    journal = Journal(path, subject=subject, share=share)
+    try:
+        return JournalStore(journal, share=share)
+    except StartupError:
+        journal.close()
+        raise
+
+
+def check_store(where: str) -> Path | None:
+    """The journal's path of a `--store` value, None for memory.
+
+    Raises:
+        ValueError: neither "memory" nor "sqlite:PATH".
+    """
+    path = where.removeprefix(SQLITE)
+    if where == "memory":
+        return None
+    if path in (where, "", ":memory:"):
+        raise ValueError(f"expected a store of memory or sqlite:PATH, got {where!r}")
+    return Path(path)

@@ -35,7 +35,7 @@ from pacenote.rollout.messages import ROLES
 from pacenote.rollout.server import SessionConfig, create_app
 from pacenote.rollout.session import Branch, Session
 from pacenote.rollout.sglang import Engine
-from pacenote.rollout.store import MemoryStore
+from pacenote.rollout.store import MemoryStore, SessionStore
 from pacenote.rollout.template import FAMILIES, Template
 from pacenote.rollout.turn import Turn
 
@@ -142,14 +142,16 @@ class Player:
         turn: the newest.
     """
 
-    def __init__(self, template: Template, *, geometry: RoutingGeometry | None = GEOMETRY) -> None:
+    def __init__(
+        self, template: Template, *, geometry: RoutingGeometry | None = GEOMETRY, store: SessionStore | None = None
+    ) -> None:
         self.template = template
         self.sent: dict[int, Sent] = {}
         self._engine = _InProcess()
-        self._store = MemoryStore()
-        self.session: Session = self._store.create()
-        self._threads = ThreadPoolExecutor(max_workers=1)
         self._runner = asyncio.Runner()
+        self._store = MemoryStore() if store is None else store
+        self.session: Session = self._runner.run(self._store.create())
+        self._threads = ThreadPoolExecutor(max_workers=1)
         self._chats = Chats(
             template=template,
             geometry=geometry,
@@ -500,6 +502,12 @@ def engine(scripted: ScriptedEngine) -> Iterator[ScriptedEngine]:
     scripted.reset()
     yield scripted
     scripted.reset()
+
+
+@pytest.fixture(scope="session")
+def served_app() -> type[Served]:
+    """`Served`."""
+    return Served
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,62 @@
-"""Where sessions live."""
+"""Where sessions live, in memory and with a journal: the same rules."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from pacenote.rollout.errors import BadRequest, SessionGone
-from pacenote.rollout.store import MAX_ID, MemoryStore, SessionStore
+from pacenote.rollout.errors import BadRequest, Misdirected, SessionExpired, SessionGone
+from pacenote.rollout.journal import Journal
+from pacenote.rollout.share import Share
+from pacenote.rollout.store import MAX_ID, JournalStore, MemoryStore, check_store, open_store
 
 
-def test_a_session_from_start_to_end() -> None:
-    store: SessionStore = MemoryStore()
-    session = store.create()
-    assert store.create().id != session.id
-    assert store.find(session.id) is session is store.open(session.id)
-    assert not session.recovered
-    store.delete(session.id)
-    for use in (store.find, store.open):
-        with pytest.raises(SessionGone, match=f"session {session.id} was deleted: start another") as caught:
-            use(session.id)
-        assert caught.value.status == 410
-    store.delete(session.id)  # twice is fine
+class Clock:
+    """Seconds, in the test's hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def test_looking_creates_nothing_and_opening_does() -> None:
-    store = MemoryStore()
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands still."""
+    return Clock()
+
+
+@pytest.fixture(params=["memory", "journal"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[MemoryStore]:
+    """Either store; two ids that are gone are remembered."""
+    if request.param == "memory":
+        yield MemoryStore(remembered=2, clock=clock)
+        return
+    store = JournalStore(Journal(tmp_path / "journal"), remembered=2, clock=clock)
+    yield store
+    asyncio.run(store.close())
+
+
+def test_a_session_from_start_to_end(store: MemoryStore) -> None:
+    async def run() -> None:
+        session = await store.create()
+        assert (await store.create()).id != session.id
+        assert store.find(session.id) is session is store.open(session.id)
+        assert not session.recovered
+        await store.delete(session.id)
+        for use in (store.find, store.open):
+            with pytest.raises(SessionGone, match=f"session {session.id} was deleted: start another") as caught:
+                use(session.id)
+            assert (caught.value.status, caught.value.code) == (410, "session_deleted")
+        await store.delete(session.id)  # twice is fine
+
+    asyncio.run(run())
+
+
+def test_looking_creates_nothing_and_opening_does(store: MemoryStore) -> None:
     assert store.find("mine") is None
     assert len(store) == 0
     session = store.open("mine")
@@ -33,28 +66,82 @@ def test_looking_creates_nothing_and_opening_does() -> None:
     assert len(store) == 1
 
 
-def test_an_id_that_never_was_can_be_deleted_and_is_gone_then() -> None:
-    store = MemoryStore()
-    store.delete("mine")
+def test_an_id_that_never_was_can_be_deleted_and_is_gone_then(store: MemoryStore) -> None:
+    asyncio.run(store.delete("mine"))
     with pytest.raises(SessionGone):
         store.open("mine")
 
 
-def test_ids_have_a_length() -> None:
-    store = MemoryStore()
+def test_ids_have_a_length(store: MemoryStore) -> None:
     store.open("x" * MAX_ID)
     with pytest.raises(BadRequest, match="at most 256 characters, got 257"):
         store.open("x" * (MAX_ID + 1))
-    store.delete("y" * (MAX_ID + 1))  # remembers no more of it than an id can have
+    asyncio.run(store.delete("y" * (MAX_ID + 1)))  # remembers no more of it than an id can have
     assert store.find("y" * (MAX_ID + 1)) is None
     assert len(store) == 1
 
 
-def test_the_memory_of_deleted_ids_is_bounded() -> None:
-    store = MemoryStore(remembered=2)
-    for name in "abc":
-        store.delete(name)
+def test_the_memory_of_deleted_ids_is_bounded(store: MemoryStore) -> None:
+    async def run() -> None:
+        for name in "abc":
+            await store.delete(name)
+
+    asyncio.run(run())
     assert store.find("a") is None
     for name in "bc":
         with pytest.raises(SessionGone):
             store.find(name)
+
+
+def test_sessions_that_nobody_uses_expire(store: MemoryStore, clock: Clock) -> None:
+    async def run() -> None:
+        for name in ("idle", "seen", "busy"):
+            store.open(name)
+        clock.now = 6.0
+        store.find("seen")
+        assert await store.expire(10.0, ["busy", "unknown"]) == []
+        clock.now = 10.0
+        assert await store.expire(10.0, ["busy"]) == ["idle"]
+        with pytest.raises(SessionExpired, match="session idle expired, unused too long: start another") as caught:
+            store.open("idle")
+        assert (caught.value.status, caught.value.code) == (410, "session_expired")
+        await store.delete("idle")  # says the same as before
+        with pytest.raises(SessionExpired):
+            store.find("idle")
+        clock.now = 16.0
+        assert await store.expire(10.0, []) == ["seen"]  # what was busy was used a moment ago
+        clock.now = 20.0
+        assert await store.expire(10.0, []) == ["busy"]
+        assert len(store) == 0
+
+    asyncio.run(run())
+
+
+def test_each_process_draws_ids_of_its_own(tmp_path: Path) -> None:
+    async def run() -> None:
+        shares = [Share(index=index, count=3) for index in range(3)]
+        for share in shares:
+            store = MemoryStore(share=share)
+            ids = [(await store.create()).id for _ in range(20)]
+            assert [other for other in shares for id in ids if other.holds(id)] == [share] * 20
+            foreign = (await MemoryStore(share=shares[share.index - 1]).create()).id
+            for use in (store.find, store.open):
+                with pytest.raises(Misdirected):
+                    use(foreign)
+
+    asyncio.run(run())
+    with pytest.raises(ValueError, match="process 3 of 3"):
+        Share(index=3, count=3)
+
+
+def test_values_of_the_flag(tmp_path: Path) -> None:
+    assert check_store("memory") is None
+    assert check_store("sqlite:a/b") == Path("a/b")
+    assert isinstance(open_store("memory"), MemoryStore)
+    for wrong in ("", "sqlite:", "sqlite::memory:", "redis://x", "a/b"):
+        with pytest.raises(ValueError, match="expected a store of memory or sqlite:PATH"):
+            check_store(wrong)
+    for index in range(2):
+        share = Share(index=index, count=2)
+        asyncio.run(open_store(f"sqlite:{tmp_path}/j", share=share).close())
+    assert {path.name for path in tmp_path.iterdir()} == {"j", "j.lock", "j.1", "j.1.lock"}

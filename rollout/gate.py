@@ -1,0 +1,161 @@
+"""One port in front of several server processes: each connection goes to the process that holds its session.
+
+The gate reads the head of a request, picks the process by the session id in the path, and from then on only copies
+bytes, both ways, as they come. A connection carries one request: what follows it could be another session's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+import httptools
+import orjson
+
+from pacenote.rollout.share import place
+
+HEAD = 64 << 10  # bytes of a request's head
+PATIENCE = 60.0  # seconds for it to come
+LINGER = 2.0  # seconds that a client has to read an answer that came before its request ended
+_CHUNK = 1 << 16
+_SESSION = re.compile(r"/sessions/([^/]+)", re.DOTALL)
+_HOP = (b"connection", b"keep-alive", b"proxy-connection", b"upgrade")
+
+
+class _Refusal(Exception):
+    """A request that no process sees."""
+
+    def __init__(self, status: str, code: str, message: str) -> None:
+        super().__init__(message)
+        kind = "server_error" if status.startswith("5") else "invalid_request_error"
+        body = orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+        self.answer = (
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        ).encode() + body
+
+
+class Gate:
+    """The listener.
+
+    Args:
+        sockets: Unix sockets of the processes, in the order of their numbers.
+    """
+
+    def __init__(self, sockets: Sequence[Path]) -> None:
+        self._sockets = list(sockets)
+        self._next = itertools.count()
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Answer until cancelled."""
+        server = await asyncio.start_server(self._client, sock=listener, limit=HEAD, backlog=2048)
+        async with server:
+            await server.serve_forever()
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, TimeoutError):
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                path, head = read_head(head)
+                down_reader, down_writer = await self._connect(path)
+            except asyncio.LimitOverrunError:
+                await _say(
+                    writer, _Refusal("431 Too Large", "bad_request", f"the request's head is above {HEAD} bytes")
+                )
+            except _Refusal as refusal:
+                await _say(writer, refusal)
+            else:
+                down_writer.write(head)
+                if not await _splice(reader, writer, down_reader, down_writer):
+                    await _say(writer, _down("it ended before it had answered"))
+        writer.close()
+
+    async def _connect(self, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The process that holds the path's session; for a path without one, each in turn.
+
+        A process that is down makes /health fail, and others answer what any could.
+        """
+        found = _SESSION.match(path)
+        count = len(self._sockets)
+        first = place(found[1], count) if found else next(self._next) % count
+        tries = 1 if found or path == "/health" else count
+        for index in range(first, first + tries):
+            with contextlib.suppress(OSError):
+                return await asyncio.open_unix_connection(self._sockets[index % count])
+        raise _down(f"number {first} of {count}")
+
+
+def read_head(head: bytes) -> tuple[str, bytes]:
+    """(decoded path, head to send on) of a request's head; the same reading as the processes' own.
+
+    Raises:
+        _Refusal: no head of HTTP/1.
+    """
+    first, *lines = head[:-4].split(b"\r\n")
+    try:
+        method, target, version = first.split(b" ")
+        if not version.startswith(b"HTTP/1."):
+            raise ValueError(version)
+        path = unquote((httptools.parse_url(target).path or b"").decode("ascii"))
+    except (ValueError, httptools.HttpParserInvalidURLError) as error:
+        raise _Refusal("400 Bad Request", "bad_request", "expected a request of HTTP/1.1") from error
+    kept = [line for line in lines if line.partition(b":")[0].strip().lower() not in _HOP]
+    return path, b"\r\n".join([b" ".join((method, target, version)), *kept, b"connection: close", b"", b""])
+
+
+def _down(which: str) -> _Refusal:
+    message = f"a process of this server is down ({which}) and is being started again: try again soon"
+    return _Refusal("503 Service Unavailable", "worker_unavailable", message)
+
+
+async def _say(writer: asyncio.StreamWriter, refusal: _Refusal) -> None:
+    writer.write(refusal.answer)
+    await writer.drain()
+
+
+async def _splice(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    down_reader: asyncio.StreamReader,
+    down_writer: asyncio.StreamWriter,
+) -> bool:
+    """Copy both ways until the process has answered, or the client has left: then the process sees it leave.
+
+    Returns:
+        False if the process ended without a word to a client that waits.
+    """
+    up = asyncio.create_task(_copy(reader, down_writer))
+    down = asyncio.create_task(_copy(down_reader, writer))
+    try:
+        await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
+        if not down.done():
+            return True
+        if answered := bool(down.result()):
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.write_eof()
+            await asyncio.wait({up}, timeout=LINGER)
+        return answered
+    finally:
+        for task in (up, down):
+            task.cancel()
+        await asyncio.gather(up, down, return_exceptions=True)
+        down_writer.close()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+    """Until the reader ends; returns bytes. A writer that has gone is left alone: what is read then is thrown away."""
+    count = 0
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(_CHUNK):
+            count += len(data)
+            with contextlib.suppress(ConnectionError, RuntimeError):
+                writer.write(data)
+                await writer.drain()
+    return count

@@ -1,0 +1,38 @@
+"""An ASGI application on a listening socket, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that ends quietly on SIGTERM and SIGINT."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        yield
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def run(app: ASGIApp, listener: socket.socket) -> None:
+    """Answer on a socket that listens already, until SIGTERM or SIGINT."""
+    options = uvicorn.Config(
+        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2, backlog=BACKLOG
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Server(options).serve(sockets=[listener]))
