@@ -7,26 +7,49 @@ held while the engine generates.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import orjson
 
 from pacenote.replay.spec import RoutingGeometry
+from pacenote.rollout import linear
 from pacenote.rollout.completion import Completion
-from pacenote.rollout.errors import BadRequest
-from pacenote.rollout.messages import chain, parse_messages
+from pacenote.rollout.errors import BadRequest, RollbackFailed
+from pacenote.rollout.matching import STRICT, Match
+from pacenote.rollout.messages import Message, chain, parse_messages
 from pacenote.rollout.session import Session
-from pacenote.rollout.sglang import Engine, chat_body, read_reply
+from pacenote.rollout.sglang import Engine, Reply, chat_body, read_reply
 from pacenote.rollout.store import SessionStore
-from pacenote.rollout.template import Template, Tools
+from pacenote.rollout.template import Arguments, Template, Tools
 from pacenote.rollout.tito import check_roles, extend
-from pacenote.rollout.turn import Prompt
+from pacenote.rollout.turn import Answer, Prompt, Turn
 
 LARGE = 1 << 16  # bytes of an answer that is worth a thread
+MOST_CHOICES = 128
+_ROLLED_BACK = "the engine lost its prefix (rollback failed) and was asked once more, for all rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A request, ready for the engine.
+
+    Attributes:
+        prompt: as rendered.
+        request: the client's.
+        bodies: the engine's, one a choice.
+        replaces: answers that the request takes back.
+    """
+
+    prompt: Prompt
+    request: Mapping[str, Any]
+    bodies: list[bytes]
+    replaces: tuple[Turn, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +64,8 @@ class Chats:
         store: the sessions.
         engine: what generates.
         threads: where rendering runs.
+        policy: "tree" or "linear".
+        match: when two messages are the same.
     """
 
     template: Template
@@ -50,53 +75,133 @@ class Chats:
     store: SessionStore
     engine: Engine
     threads: ThreadPoolExecutor
+    policy: str = "tree"
+    match: Match = STRICT
 
     async def complete(self, session_id: str, request: Mapping[str, Any]) -> Completion:
         """Answer one chat and record it. Cancelling this before it returns leaves no trace.
 
         Args:
-            session_id: a session that is not known is started.
+            session_id: a session that is not known is started once there is an answer.
             request: OpenAI's chat body, parsed.
 
         Raises:
             SessionError: see `rollout.errors`.
         """
-        loop = asyncio.get_running_loop()
-        known = self.store.find(session_id) or Session(session_id)
-        prompt, body = await loop.run_in_executor(self.threads, self._plan, known, request)
         session = self.store.open(session_id)
-        pending = session.begin(prompt)
-        raw = await self.engine.chat(body)
-        if len(raw) > LARGE:
-            reply = await loop.run_in_executor(self.threads, read_reply, raw, prompt, self.geometry)
-        else:
-            reply = read_reply(raw, prompt, self.geometry)
-        turn = await self.store.commit(session, pending, reply.answer, id=f"chatcmpl-{uuid.uuid4().hex}")
-        name = request.get("model")
-        return Completion(
-            turn=turn,
-            reply=reply,
-            prompt_ids=prompt.token_ids(),
-            model=name if isinstance(name, str) else self.model,
-        )
+        plan = await self._off_loop(self._plan, session, request)
+        pending = session.begin(plan.prompt, replaces=plan.replaces)
+        replies = await self._sample(plan)
+        created, id = time.time(), f"chatcmpl-{uuid.uuid4().hex}"
+        completion, answers = await self._written(plan, replies, id, created)
+        await self.store.commit(session, pending, *answers, id=id, created=created)
+        return completion
 
-    def _plan(self, session: Session, request: Mapping[str, Any]) -> tuple[Prompt, bytes]:
-        """The prompt and the engine's body. Reads the session, changes nothing."""
-        messages = parse_messages(request.get("messages"))
-        if request.get("n") not in (None, 1):
-            raise BadRequest(f"n must be 1, got {request['n']!r}: send the request again for another answer", param="n")
+    def _plan(self, session: Session, request: Mapping[str, Any]) -> _Plan:
+        """Parse, match, render. Reads the session, changes nothing."""
+        messages = self.match.keyed(parse_messages(request.get("messages")))
+        count = _count(request.get("n"))
         tools = _tools(request.get("tools"))
-        arguments = self.template.arguments(request.get("chat_template_kwargs"), request.get("reasoning_effort"))
-        links = chain([message.key for message in messages])
-        parent = session.find(messages, links)
+        arguments: Arguments = self.template.arguments(
+            request.get("chat_template_kwargs"), request.get("reasoning_effort")
+        )
+        parent = self._parent(session, messages)
         if parent is not None:
             check_roles(messages, len(parent.history()), self.append_roles)
-        prompt = extend(self.template, messages, parent=parent, path=links[-1], tools=tools, arguments=arguments)
-        body = chat_body(prompt, request, model=self.model, routing=self.geometry is not None)
+            tools, arguments = _shared(parent, tools, arguments)
+        path = chain([message.key for message in messages])[-1]
+        prompt = extend(self.template, messages, parent=parent, path=path, tools=tools, arguments=arguments)
+        replaces: tuple[Turn, ...] = ()
+        if self.policy == "linear":
+            linear.check_append_only(prompt)
+            replaces = linear.taken_back(session, prompt)
+        if session.recovered and not session.turns:
+            note = "recovered: the session was not known here; what was generated in it starts at"
+            prompt = replace(prompt, note=f"{note} messages[{len(messages)}]")
+        bodies = [self._body(prompt, request, choice) for choice in range(count if "seed" in request else 1)]
+        return _Plan(prompt=prompt, request=request, bodies=bodies * (count // len(bodies)), replaces=replaces)
+
+    def _parent(self, session: Session, messages: tuple[Message, ...]) -> Turn | None:
+        """The answer that the request goes on from."""
+        if self.policy == "linear":
+            return linear.checkpoint(session, messages, reasoning=self.match.reasoning)
+        return session.find(messages, reasoning=self.match.reasoning)
+
+    def _body(self, prompt: Prompt, request: Mapping[str, Any], choice: int, start: int | None = None) -> bytes:
+        """The engine's body for one choice, with a seed of its own: equal seeds would sample equal answers."""
+        body = chat_body(prompt, request, model=self.model, routing=self.geometry is not None, start=start)
+        if choice and type(body.get("seed")) is int:
+            body["seed"] = (body["seed"] + choice) % 2**63
         try:
-            return prompt, orjson.dumps(body)
+            return orjson.dumps(body)
         except orjson.JSONEncodeError as error:  # JSON that can be read, but is nested too deeply to be written
             raise BadRequest(f"the request cannot be passed on to the engine: {error}") from error
+
+    async def _sample(self, plan: _Plan) -> list[Reply]:
+        """The engine's answers, one a choice. If one fails the others are aborted, and the first failure is raised."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._choice(plan, choice)) for choice in range(len(plan.bodies))]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from failures.exceptions[0].__cause__
+        return [task.result() for task in tasks]
+
+    async def _choice(self, plan: _Plan, choice: int) -> Reply:
+        try:
+            return await self._ask(plan.prompt, plan.bodies[choice])
+        except RollbackFailed:
+            body = await self._off_loop(self._body, plan.prompt, plan.request, choice, 0)
+            return await self._ask(plan.prompt, body, start=0, note=_ROLLED_BACK)
+
+    async def _ask(self, prompt: Prompt, body: bytes, *, start: int | None = None, note: str | None = None) -> Reply:
+        raw = await self.engine.chat(body)
+        read = partial(read_reply, raw, prompt, self.geometry, start=start, note=note)
+        return await self._off_loop(read) if len(raw) > LARGE else read()
+
+    async def _written(
+        self, plan: _Plan, replies: list[Reply], id: str, created: float
+    ) -> tuple[Completion, list[Answer]]:
+        """What the client gets, and the answers as they are found later."""
+        name = plan.request.get("model")
+        model = name if isinstance(name, str) else self.model
+
+        def write() -> tuple[Completion, list[Answer]]:
+            messages = self.match.keyed([reply.answer.message for reply in replies])
+            answers = [
+                replace(reply.answer, message=message, choice=choice)
+                for choice, (reply, message) in enumerate(zip(replies, messages, strict=True))
+            ]
+            prompt_ids = plan.prompt.token_ids()
+            return Completion.of(replies, id=id, created=created, model=model, prompt_ids=prompt_ids), answers
+
+        small = plan.prompt.length * len(replies) * 8 < LARGE and self.match.function is None
+        return write() if small else await self._off_loop(write)
+
+    async def _off_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run it in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, partial(function, *arguments))
+
+
+def _count(value: object) -> int:
+    """OpenAI's `n`.
+
+    Raises:
+        BadRequest: not a number of choices.
+    """
+    if value is None:
+        return 1
+    if type(value) is not int or not 1 <= value <= MOST_CHOICES:
+        raise BadRequest(f"n must be a number of choices in 1..{MOST_CHOICES}, got {value!r}", param="n")
+    return value
+
+
+def _shared(parent: Turn, tools: Tools, arguments: Arguments) -> tuple[Tools, Arguments]:
+    """The parent's own objects where they are equal, so that a turn does not keep another copy of all tools."""
+    render = parent.prompt.render
+    return (
+        render.tools if tools == render.tools else tools,
+        render.arguments if arguments == render.arguments else arguments,
+    )
 
 
 def _tools(value: object) -> Tools:

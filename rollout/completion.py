@@ -1,15 +1,18 @@
-"""A committed turn -> OpenAI's bodies for the client: `chat.completion`, or the same as server-sent events."""
+"""Replies -> OpenAI's bodies for the client: `chat.completion`, or the same as server-sent events.
+
+The body is written before the turns are committed, so that an answer that cannot be passed on is not recorded either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from pacenote.rollout.errors import UpstreamError
 from pacenote.rollout.sglang import Reply
-from pacenote.rollout.turn import Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,58 +20,80 @@ class Completion:
     """What a client gets: no meta info, no routes.
 
     Attributes:
-        turn: as committed.
-        reply: the engine's.
-        prompt_ids: ids of the whole prompt.
-        model: name to answer with.
+        data: the `chat.completion` object as JSON.
     """
 
-    turn: Turn
-    reply: Reply
-    prompt_ids: list[int]
-    model: str
+    data: bytes
+
+    @classmethod
+    def of(
+        cls, replies: Sequence[Reply], *, id: str, created: float, model: str, prompt_ids: Sequence[int]
+    ) -> Completion:
+        """The completion of one request.
+
+        Args:
+            replies: one a choice.
+            id: the completion's.
+            created: seconds since the epoch.
+            model: name to answer with.
+            prompt_ids: ids of the whole prompt.
+
+        Raises:
+            UpstreamError: an engine's message or logprobs that cannot be written as JSON.
+        """
+        prompt, answer = len(prompt_ids), sum(len(reply.answer.ids) for reply in replies)
+        body = {
+            "id": id,
+            "object": "chat.completion",
+            "created": int(created),
+            "model": model,
+            "choices": [_choice(reply, index, prompt_ids) for index, reply in enumerate(replies)],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+            "prompt_token_ids": prompt_ids,  # where clients of vLLM look; SGLang has them in the choice
+        }
+        try:
+            return cls(data=orjson.dumps(body))
+        except orjson.JSONEncodeError as error:
+            raise UpstreamError(f"the engine's answer cannot be passed on: {error}") from error
 
     def body(self) -> dict[str, Any]:
-        """The `chat.completion` object."""
-        raw = self.turn.answer.message.raw
-        # Without the key, litellm takes a leading <think> block out of the content.
-        message: dict[str, Any] = {"role": "assistant", "content": raw.get("content"), "reasoning_content": None, **raw}
-        if message["content"] is None and "tool_calls" not in message:
-            message["content"] = ""
-        return self._head("chat.completion") | {
-            "choices": [self._choice() | {"message": message}],
-            "usage": self.usage,
-            "prompt_token_ids": self.prompt_ids,  # where clients of vLLM look; SGLang has them in the choice
-        }
+        """The object."""
+        body: dict[str, Any] = orjson.loads(self.data)
+        return body
 
-    def events(self, *, usage: bool) -> Iterator[bytes]:
-        """Server-sent events: the whole answer as one chunk, the usage if asked for, [DONE]."""
-        delta = dict(self.body()["choices"][0]["message"])
-        if "tool_calls" in delta:
-            delta["tool_calls"] = [{**call, "index": place} for place, call in enumerate(delta["tool_calls"])]
-        head = self._head("chat.completion.chunk")
-        yield _event(head | {"choices": [self._choice() | {"delta": delta}]} | ({"usage": None} if usage else {}))
+    def events(self, *, usage: bool) -> list[bytes]:
+        """Server-sent events: each choice as one chunk, the usage if asked for, [DONE]."""
+        body = self.body()
+        head = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+        none: dict[str, Any] = {"usage": None} if usage else {}
+        events = [_event(head | {"choices": [_chunk(choice)]} | none) for choice in body["choices"]]
         if usage:
-            yield _event(head | {"choices": [], "usage": self.usage})
-        yield b"data: [DONE]\n\n"
+            events.append(_event(head | {"choices": [], "usage": body["usage"]}))
+        return [*events, b"data: [DONE]\n\n"]
 
-    @property
-    def usage(self) -> dict[str, int]:
-        """Token counts; the prompt's include the whole history."""
-        prompt, answer = len(self.prompt_ids), len(self.turn.answer.ids)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.turn.id, "object": kind, "created": int(self.turn.created), "model": self.model}
+def _choice(reply: Reply, index: int, prompt_ids: Sequence[int]) -> dict[str, Any]:
+    raw = reply.answer.message.raw
+    # Without the key, litellm takes a leading <think> block out of the content.
+    message: dict[str, Any] = {"role": "assistant", "content": raw.get("content"), "reasoning_content": None, **raw}
+    if message["content"] is None and "tool_calls" not in message:
+        message["content"] = ""
+    return {
+        "index": index,
+        "message": message,
+        "finish_reason": reply.finish_reason,
+        "logprobs": reply.logprobs,
+        "token_ids": reply.answer.ids.tolist(),
+        "prompt_token_ids": prompt_ids,
+    }
 
-    def _choice(self) -> dict[str, Any]:
-        return {
-            "index": 0,
-            "finish_reason": self.reply.finish_reason,
-            "logprobs": self.reply.logprobs,
-            "token_ids": self.turn.answer.ids.tolist(),
-            "prompt_token_ids": self.prompt_ids,
-        }
+
+def _chunk(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice of a stream: its message is a delta, its tool calls are numbered."""
+    delta = dict(choice["message"])
+    if "tool_calls" in delta:
+        delta["tool_calls"] = [{**call, "index": place} for place, call in enumerate(delta["tool_calls"])]
+    return {name: field for name, field in choice.items() if name != "message"} | {"delta": delta}
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -5,6 +5,9 @@ SessionError
   BadRequest        400  a request that cannot be served
     RoleNotAllowed       a message of a role that may not be appended
     ContextOverflow      longer than the engine's context; code context_length_exceeded
+    NotLinear            under --policy linear: neither an extension nor a rollback by one answer
+    MatchFailed          the function of --match failed on a message
+    KeyReused       422  an Idempotency-Key that came with another body before
   Unauthorized      401  no token, or one that does not open this path
   Forbidden         403  a session's key where an admin token is needed, or an engine's path that is kept closed
   UnknownSession    404  a session that was never started
@@ -14,9 +17,10 @@ SessionError
   Misdirected       421  a session that another process of this server holds
   ClientGone        499  the client closed its connection before the answer was ready
   UpstreamError     502  the engine did not answer, or its answer is not one that can be trained on
+    RollbackFailed       the engine lost the prefix that it should have continued
+    UpstreamTimeout 504  the engine took too long
   StoreError        503  the journal could not be written; the state is as it was
     StoreFull       507  because its disk is full
-  UpstreamTimeout   504  the engine took too long
 """
 
 from __future__ import annotations
@@ -61,6 +65,24 @@ class ContextOverflow(BadRequest):
     """Longer than the engine's context; agents look for this code."""
 
     code = "context_length_exceeded"
+
+
+class NotLinear(BadRequest):
+    """Under --policy linear: neither an extension of the newest answer nor a rollback by one."""
+
+    code = "not_linear"
+
+
+class MatchFailed(BadRequest):
+    """The function of --match failed on a message."""
+
+    code = "match_failed"
+
+
+class KeyReused(BadRequest):
+    """An Idempotency-Key that came with another body before."""
+
+    status, code = 422, "idempotency_key_reused"
 
 
 class Unauthorized(SessionError):
@@ -127,6 +149,10 @@ class UpstreamError(SessionError):
     """The engine did not answer, or its answer is not one that can be trained on."""
 
     status, kind, code = 502, "upstream_error", "upstream_error"
+
+
+class RollbackFailed(UpstreamError):
+    """The engine lost the prefix that it should have continued; it may be asked once more, for everything."""
 
 
 class UpstreamTimeout(UpstreamError):

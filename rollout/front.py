@@ -6,25 +6,28 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.rollout.auth import Keys
-from pacenote.rollout.chat import Chats
+from pacenote.rollout.chat import LARGE, Chats
 from pacenote.rollout.completion import Completion
-from pacenote.rollout.errors import BadRequest, ClientGone, SessionError, SessionGone, UnknownSession
+from pacenote.rollout.errors import BadRequest, ClientGone, SessionError, UnknownSession
+from pacenote.rollout.flights import Flights, Key
+from pacenote.rollout.matching import STRICT, Match
 from pacenote.rollout.samples import encode_samples
-from pacenote.rollout.session import Branch
+from pacenote.rollout.session import Session
 from pacenote.rollout.sglang import Engine
 from pacenote.rollout.store import SessionStore
 from pacenote.rollout.template import Template
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from pacenote.rollout.server import SessionConfig
 
 log = logging.getLogger(__name__)
+LONGEST_KEY = 255  # characters of an Idempotency-Key
 
 
 class Front:
@@ -45,6 +49,7 @@ class Front:
         geometry: RoutingGeometry | None,
         store: SessionStore,
         *,
+        match: Match = STRICT,
         keys: Keys | None = None,
         instance: str = "",
     ) -> None:
@@ -55,8 +60,8 @@ class Front:
         self._keys = keys
         self._instance = instance or uuid.uuid4().hex
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
-        self._flights: defaultdict[str, set[asyncio.Task[Completion]]] = defaultdict(set)
-        self._template, self._geometry = template, geometry
+        self._flights = Flights()
+        self._template, self._geometry, self._match = template, geometry, match
         self._chats: Chats
 
     @contextlib.asynccontextmanager
@@ -71,10 +76,11 @@ class Front:
             store=self._store,
             engine=engine,
             threads=self._threads,
+            policy=self._config.policy,
+            match=self._match,
         )
         yield
-        for task in [task for tasks in self._flights.values() for task in tasks]:
-            task.cancel()
+        self._flights.abort_all()
         await engine.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -91,30 +97,20 @@ class Front:
         """GET /sessions/{id}: what was said; empty for an id that is not known, and creates nothing."""
         session_id = request.path_params["session_id"]
         session = self._store.find(session_id)
-        body: dict[str, Any] = {"session_id": session_id, "records": [], "metadata": {"accumulated_token_ids": []}}
-        if session is not None:
-            body["records"] = session.records()
-            body["metadata"] = {
-                "accumulated_token_ids": session.accumulated_token_ids(),
-                "created": session.created,
-                "recovered": session.recovered,
-                "in_flight": len(self._flights.get(session_id, ())),
-            }
-        answer: Response = await self._off_loop(_json, body)
+        answer: Response = await self._off_loop(_shown, session_id, session, self._flights.count(session_id))
         return answer
 
     async def delete(self, request: Request) -> Response:
         """DELETE /sessions/{id}: at once; what is in flight is aborted."""
         session_id = request.path_params["session_id"]
         await self._store.delete(session_id)
-        for task in self._flights.get(session_id, ()):
-            task.cancel()
+        self._flights.abort(session_id)
         return Response(status_code=204)
 
     async def samples(self, request: Request) -> Response:
         """POST /sessions/{id}/samples."""
         session_id = request.path_params["session_id"]
-        options = await _read(request) if await request.body() else {}
+        options = await self._read(request, empty=True)
         superseded = options.get("include_superseded", False)
         if not isinstance(superseded, bool):
             raise BadRequest(
@@ -123,48 +119,78 @@ class Front:
         session = self._store.find(session_id)
         if session is None:
             raise UnknownSession(f"no session {session_id}: it was never started on this server")
-        data = await self._off_loop(_encode, session.branches(include_superseded=superseded))
+        data = await self._off_loop(_encode, session, superseded)
         return Response(data, media_type="application/octet-stream")
 
     def busy(self) -> list[str]:
         """Ids of sessions with chats in flight."""
-        return list(self._flights)
+        return self._flights.sessions()
 
     async def chat(self, request: Request) -> Response:
         """POST /sessions/{id}/v1/chat/completions."""
-        body = await _read(request)
+        session_id = request.path_params["session_id"]
+        body = await self._read(request)
         stream, usage = _streaming(body)
-        completion = await self._complete(request, request.path_params["session_id"], body)
-        if stream:
-            events = list(completion.events(usage=usage))
-            return StreamingResponse(_each(events), media_type="text/event-stream")
-        return _json(completion.body())
+        self._store.find(session_id)  # a deleted session has no answers, recorded ones included
+        completion = await self._complete(request, session_id, body, _key(request, await request.body()))
+        if not stream:
+            return Response(completion.data, media_type="application/json")
+        events = partial(completion.events, usage=usage)
+        lines = await self._off_loop(events) if len(completion.data) > LARGE else events()
+        return StreamingResponse(_each(lines), media_type="text/event-stream")
 
-    async def _complete(self, request: Request, session_id: str, body: dict[str, Any]) -> Completion:
+    async def _complete(self, request: Request, session_id: str, body: dict[str, Any], key: Key | None) -> Completion:
         """Answer, unless the client leaves or the session is deleted first."""
-        task = asyncio.create_task(self._chats.complete(session_id, body))
         gone = asyncio.create_task(_disconnected(request))
-        self._flights[session_id].add(task)
+        chat = partial(self._chats.complete, session_id, body)
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientGone("the client closed its connection before the answer was ready")
-            if task.cancelled():
-                raise SessionGone(f"session {session_id} was deleted while it generated")
-            return task.result()
+            return await self._flights.answer(session_id, chat, gone=gone, key=key)
         finally:
             gone.cancel()
-            task.cancel()
-            self._flights[session_id].discard(task)
-            if not self._flights[session_id]:
-                del self._flights[session_id]
 
-    async def _off_loop(self, function: Any, argument: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, argument)
+    async def _read(self, request: Request, *, empty: bool = False) -> dict[str, Any]:
+        """The JSON object of a request's body; `empty` allows none."""
+        try:
+            raw = await request.body()
+        except ClientDisconnect as error:
+            raise ClientGone("the client closed its connection before its request had come") from error
+        if empty and not raw:
+            return {}
+        body: dict[str, Any] = await self._off_loop(_parsed, raw) if len(raw) > LARGE else _parsed(raw)
+        return body
+
+    async def _off_loop(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 
-def _encode(branches: Sequence[Branch]) -> bytes:
-    return encode_samples([branch.trajectory() for branch in branches])
+def _shown(session_id: str, session: Session | None, in_flight: int) -> Response:
+    body: dict[str, Any] = {"session_id": session_id, "records": [], "metadata": {"accumulated_token_ids": []}}
+    if session is not None:
+        body["records"] = session.records()
+        body["metadata"] = {
+            "accumulated_token_ids": session.accumulated_token_ids(),
+            "created": session.created,
+            "recovered": session.recovered,
+            "recovered_from": session.recovered_from,
+            "in_flight": in_flight,
+        }
+    return _json(body)
+
+
+def _encode(session: Session, include_superseded: bool) -> bytes:
+    return encode_samples([branch.trajectory() for branch in session.branches(include_superseded=include_superseded)])
+
+
+def _key(request: Request, raw: bytes) -> Key | None:
+    """The request's Idempotency-Key."""
+    name = request.headers.get("idempotency-key")
+    if name is None:
+        return None
+    if not 1 <= len(name) <= LONGEST_KEY:
+        raise BadRequest(
+            f"Idempotency-Key must have 1..{LONGEST_KEY} characters, got {len(name)}", param="Idempotency-Key"
+        )
+    return Key(name=name, digest=blake2b(raw, digest_size=16).digest())
 
 
 def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
@@ -177,9 +203,8 @@ def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
     return bool(stream), bool((options or {}).get("include_usage"))
 
 
-async def _read(request: Request) -> dict[str, Any]:
-    """The JSON object of a request's body."""
-    raw = await request.body()
+def _parsed(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a body."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

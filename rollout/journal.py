@@ -105,8 +105,10 @@ class Journal:
         """
         await self._write(lambda db: _start(db, session))
 
-    async def append(self, session: Session, pending: Pending, answer: Answer, *, id: str, created: float) -> None:
-        """Keep a session's next turn, and the session if it is new. Await each turn before the session's next.
+    async def append(self, session: Session, pending: Pending, *answers: Answer, id: str, created: float) -> None:
+        """Keep a session's next turns, the choices of one completion, and the session if it is new.
+
+        All of them are kept, or none. Await each call before the session's next.
 
         Raises:
             StoreError: it could not be written.
@@ -115,11 +117,12 @@ class Journal:
 
         def write(db: sqlite3.Connection) -> None:
             try:
-                head, arrays = pack_turn(pending, answer, id=id, created=created)
+                packed = [pack_turn(pending, answer, id=id, created=created) for answer in answers]
             except TypeError as error:
                 raise StoreError(f"the turn cannot be kept: {error}") from error
             _start(db, session)
-            db.execute("INSERT INTO turn VALUES (?, ?, ?, ?)", (session.id, number, head, arrays))
+            rows = [(session.id, number + place, *turn) for place, turn in enumerate(packed)]
+            db.executemany("INSERT INTO turn VALUES (?, ?, ?, ?)", rows)
 
         await self._write(write)
 
@@ -252,7 +255,7 @@ def _prepare(db: sqlite3.Connection, path: Path, meta: dict[str, str]) -> None:
         )
     if found.get("subject") != meta["subject"]:
         raise StartupError(
-            f"{path} was written with another tokenizer or another routing: expected {found.get('subject')}, got "
+            f"{path} was written with another tokenizer, routing or --match: expected {found.get('subject')}, got "
             f"{meta['subject']}; choose another --store"
         )
 

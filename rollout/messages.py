@@ -1,8 +1,9 @@
 """Chat messages as clients send them, and when two of them are the same message.
 
 Clients rewrite history on its way back: null fields vanish, strings become text parts, unknown fields appear, tool
-arguments are printed anew. Two messages are the same if role, text and tool calls (name and parsed arguments) are. What
-the session stored is what is rendered, so such rewriting never changes tokens.
+arguments are printed anew. Two messages are the same if role, text and tool calls (name and parsed arguments) are, or
+as `--match` has it (`rollout.matching`). What the session stored is what is rendered, so such rewriting never changes
+tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Message:
         plain: as chat templates want it: content is a string, tool arguments are objects.
         role: one of ROLES.
         reasoning: `reasoning_content`, None where absent or empty. Clients often drop it, so it is no part of `key`.
-        key: 16 bytes; equal for messages that are the same.
+        key: 16 bytes; equal for messages that are the same. As parsed it is the strict one; see `rollout.matching`.
     """
 
     raw: Mapping[str, Any]

@@ -37,6 +37,8 @@ from pacenote.rollout.front import Front, refuse, refuse_bug, refuse_path
 from pacenote.rollout.info import Info
 from pacenote.rollout.launch import exit_with_parent
 from pacenote.rollout.limits import BodyLimit, sweep
+from pacenote.rollout.linear import POLICIES
+from pacenote.rollout.matching import MODES, Match, check_name
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.proxy import Proxy
 from pacenote.rollout.share import WHOLE, Share
@@ -60,6 +62,8 @@ class SessionConfig:
         routing_replay: ask for routed experts and keep them.
         host, port: address to listen on.
         timeout: seconds that one answer of the engine may take.
+        policy: "tree": what does not extend the history branches off; "linear": it is refused.
+        match: when two messages are the same, see `rollout.matching`.
         store: where sessions live: "memory", or "sqlite:PATH" to outlive the process.
         auth: "off" (on a loopback host only) or "tokens".
         tokens: admin tokens for auth "tokens".
@@ -80,6 +84,8 @@ class SessionConfig:
     host: str = "127.0.0.1"
     port: int = 8100
     timeout: float = 600.0
+    policy: str = "tree"
+    match: str = "strict"
     store: str = "memory"
     auth: str = "off"
     tokens: tuple[str, ...] = field(default=(), repr=False)
@@ -93,6 +99,9 @@ class SessionConfig:
         wrong = sorted(set(self.append_roles) - set(ROLES))
         if wrong:
             raise ValueError(f"expected append roles of {', '.join(ROLES)}, got {', '.join(wrong)}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"expected a policy of {', '.join(POLICIES)}, got {self.policy!r}")
+        check_name(self.match)
         if not self.timeout > 0:
             raise ValueError(f"expected a timeout above 0 seconds, got {self.timeout}")
         if not 0 <= self.port <= 65535:
@@ -129,14 +138,16 @@ def create_app(
         instance: what /health calls the server; drawn if left out.
 
     Raises:
-        StartupError: the model has no usable tokenizer, template or routing, or the journal cannot be used.
+        StartupError: the model has no usable tokenizer, template or routing, or the journal or the function of
+            `config.match` cannot be used.
     """
     template = Template.load(config.model, family=config.family, append_roles=config.append_roles)
     geometry = load_geometry(config.model) if config.routing_replay else None
+    match = Match.load(config.match)
     keys = Keys(config.tokens) if config.auth == "tokens" else None
     if store is None:
-        store = open_store(config.store, share=share, subject=_subject(template, geometry))
-    front = Front(config, template, geometry, store, keys=keys, instance=instance)
+        store = open_store(config.store, share=share, subject=_subject(template, geometry, match))
+    front = Front(config, template, geometry, store, match=match, keys=keys, instance=instance)
     proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find)
     routes = [
         Route("/health", front.health, methods=["GET"]),
@@ -176,16 +187,17 @@ def _lifespan(
     return lifespan
 
 
-def _subject(template: Template, geometry: RoutingGeometry | None) -> str:
-    """What tells a journal of this model from one whose tokens or rows mean something else."""
+def _subject(template: Template, geometry: RoutingGeometry | None, match: Match) -> str:
+    """What tells a journal of this model from one whose tokens, rows or keys of messages mean something else."""
+    matched = "" if match.name == "strict" else f", match {match.name}"
     ids = template.encode("\n".join(_PROBE))[0]
     tokenizer = blake2b(repr(ids).encode(), digest_size=6).hexdigest()
     if geometry is None:
-        return f"tokenizer {tokenizer}, no routes"
+        return f"tokenizer {tokenizer}, no routes{matched}"
     layers = blake2b(repr(geometry.layers).encode(), digest_size=6).hexdigest()
     return (
         f"tokenizer {tokenizer}, {len(geometry.layers)} layers ({layers}) of {geometry.num_experts} experts, "
-        f"{geometry.top_k} a token"
+        f"{geometry.top_k} a token{matched}"
     )
 
 
@@ -267,6 +279,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"roles that agents may append after a generated answer, of {', '.join(ROLES)}")  # fmt: skip
     add("--routing-replay", action=argparse.BooleanOptionalAction, default=True, help="keep routed experts")
     add("--timeout", type=float, default=600.0, help="seconds that one answer of the engine may take")
+    add("--policy", default="tree", choices=POLICIES,
+        help="tree: what does not extend the history branches off; linear: refused, but for one step back")  # fmt: skip
+    add("--match", default="strict", metavar="MODE",
+        help=f"when two messages are the same: {', '.join(MODES)} or package.module:function")  # fmt: skip
     add("--store", default="memory", help="where sessions live: memory, or sqlite:PATH to outlive the process")
     add("--auth", default="off", choices=["off", "tokens"],
         help="who may ask: anybody (loopback hosts only), or holders of tokens")  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from pacenote.rollout.turn import Answer, Prompt, Turn
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pending:
-    """A request on its way: its prompt, and the answers to the same prompt that were there before it."""
+    """A request on its way: its prompt, and the answers that were there before it and that its own will replace."""
 
     prompt: Prompt
     rivals: tuple[Turn, ...]
@@ -54,6 +54,7 @@ class Session:
         self._turns: list[Turn] = []
         self._by_path: defaultdict[bytes, list[Turn]] = defaultdict(list)
         self._by_prompt: defaultdict[tuple[int, bytes], list[Turn]] = defaultdict(list)
+        self._by_id: defaultdict[str, list[Turn]] = defaultdict(list)
         self._superseded: set[int] = set()
         self._parents: set[int] = set()
 
@@ -62,33 +63,79 @@ class Session:
         """All turns in the order of their commits."""
         return tuple(self._turns)
 
-    def find(self, messages: Sequence[Message], links: Sequence[bytes]) -> Turn | None:
+    @property
+    def recovered_from(self) -> int | None:
+        """For a session that a chat started: how many messages that chat brought along; what follows was generated."""
+        return len(self._turns[0].prompt.appended) if self.recovered and self._turns else None
+
+    def newest(self) -> tuple[Turn, ...]:
+        """The answers to the request that was committed last: one, or its n choices; none before the first."""
+        return tuple(self._turns[-1 - self._turns[-1].answer.choice :]) if self._turns else ()
+
+    def completion(self, id: str) -> tuple[Turn, ...]:
+        """The choices of a completion, as far as they were committed."""
+        return tuple(self._by_id.get(id, ()))
+
+    def find(
+        self,
+        messages: Sequence[Message],
+        *,
+        reasoning: bool = True,
+        among: Collection[Turn] | None = None,
+    ) -> Turn | None:
         """The deepest answer whose history, itself included, starts the request; of several the newest that stands.
 
         Args:
             messages: the request's.
-            links: `messages.chain` of their keys.
+            reasoning: where the request brings reasoning back, it must be the history's; leaving it out is fine.
+            among: only these turns; None for all.
         """
+        links = chain([message.key for message in messages])
         for count in range(len(messages), 0, -1):
-            turns = [turn for turn in self._by_path.get(links[count], ()) if _says_the_same(turn, messages)]
+            turns = [
+                turn
+                for turn in self._by_path.get(links[count], ())
+                if (among is None or turn in among) and (not reasoning or _thinks_the_same(turn, messages))
+            ]
             if turns:
                 return max(turns, key=lambda turn: (not self.superseded(turn), turn.number))
         return None
 
-    def begin(self, prompt: Prompt) -> Pending:
-        """Note the request's rivals: finished answers to the very same prompt."""
-        return Pending(prompt=prompt, rivals=tuple(self._by_prompt.get(_address(prompt), ())))
+    def begin(self, prompt: Prompt, *, replaces: Iterable[Turn] = ()) -> Pending:
+        """Note the request's rivals: finished answers to the very same prompt, and those that it takes back.
 
-    def commit(self, pending: Pending, answer: Answer, *, id: str, created: float | None = None) -> Turn:
+        Args:
+            prompt: as rendered.
+            replaces: answers that the request takes back although they had another prompt.
+        """
+        rivals = dict.fromkeys([*self._by_prompt.get(_address(prompt), ()), *replaces])
+        return Pending(prompt=prompt, rivals=tuple(rivals))
+
+    def commit(
+        self,
+        pending: Pending,
+        answer: Answer,
+        *,
+        id: str,
+        created: float | None = None,
+    ) -> Turn:
         """Add the turn. Its rivals are superseded, unless the agent went on from them.
+
+        Committing the same choice of the same completion again changes nothing. Choices are committed in order, one
+        right after the other.
 
         Args:
             pending: from `begin`.
             answer: checked.
             id: the completion's id.
-            created: seconds since the epoch; now if left out.
+            created: seconds since the epoch; None is now.
+
+        Returns:
+            The turn, as it was committed first.
         """
-        prompt = pending.prompt
+        prompt, known = pending.prompt, self.completion(id)
+        if answer.choice < len(known):
+            return known[answer.choice]
         turn = Turn(
             number=len(self._turns),
             id=id,
@@ -98,6 +145,7 @@ class Session:
             created=time.time() if created is None else created,
         )
         self._turns.append(turn)
+        self._by_id[id].append(turn)
         self._by_path[turn.path].append(turn)
         self._by_prompt[_address(prompt)].append(turn)
         self._superseded.update(rival.number for rival in pending.rivals)
@@ -119,7 +167,14 @@ class Session:
         Args:
             include_superseded: also those that end in a superseded answer; they have status "superseded".
         """
-        leaves = [turn for turn in self.leaves() if include_superseded or not self.superseded(turn)]
+        # Commits may go on meanwhile. In this order, whatever is superseded here has its successor in `turns`.
+        superseded, turns = frozenset(self._superseded), self.turns
+        parents = {turn.parent.number for turn in turns if turn.parent}
+        leaves = [
+            turn
+            for turn in turns
+            if turn.number not in parents and (include_superseded or turn.number not in superseded)
+        ]
         owner: dict[int, tuple[int, int]] = {}
         for place, leaf in enumerate(leaves):
             drop = 0
@@ -131,7 +186,7 @@ class Session:
             Branch(
                 leaf=leaf,
                 trained=frozenset(number for number, (_, at) in owner.items() if at == place),
-                superseded=self.superseded(leaf),
+                superseded=leaf.number in superseded,
             )
             for place, leaf in enumerate(leaves)
         ]
@@ -142,21 +197,23 @@ class Session:
 
     def accumulated_token_ids(self) -> list[int]:
         """Ids of the newest answer's whole history; empty before the first answer."""
-        if not self._turns:
+        turns = self.turns
+        if not turns:
             return []
-        turn = self._turns[-1]
+        turn = turns[-1]
         ids: list[int] = turn.answer.ids.tolist()
         return turn.prompt.token_ids() + ids
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON object a turn: what was appended, what was answered, and how; no logprobs, no routes."""
-        return [self._record(turn) for turn in self._turns]
+        return [self._record(turn) for turn in self.turns]
 
     def _record(self, turn: Turn) -> dict[str, Any]:
         answer = turn.answer
         return {
             "index": turn.number,
             "id": turn.id,
+            "choice": answer.choice,
             "parent": turn.parent.number if turn.parent else None,
             "created": turn.created,
             "messages": [message.raw for message in turn.prompt.appended],
@@ -166,7 +223,9 @@ class Session:
             "weight_version": answer.version_name,
             "prompt_tokens": turn.prompt.length,
             "completion_tokens": len(answer.ids),
-            "note": turn.prompt.note,
+            "rows_compared": answer.rows_compared,
+            "rows_differing": answer.rows_differing,
+            "note": "; ".join(note for note in (turn.prompt.note, answer.note) if note) or None,
         }
 
 
@@ -175,8 +234,8 @@ def _address(prompt: Prompt) -> tuple[int, bytes]:
     return (prompt.parent.number if prompt.parent else -1, prompt.ids.tobytes())
 
 
-def _says_the_same(turn: Turn, messages: Sequence[Message]) -> bool:
-    """Where the request brings reasoning back, it must be what this turn's history has; leaving it out is fine."""
+def _thinks_the_same(turn: Turn, messages: Sequence[Message]) -> bool:
+    """Where the request brings reasoning back, it is what this turn's history has."""
     return all(
         asked.reasoning is None or asked.reasoning == stored.reasoning
         for asked, stored in zip(messages, turn.history(), strict=False)

@@ -17,11 +17,10 @@ import orjson
 from numpy.typing import NDArray
 
 from pacenote.replay.errors import ReplayError
-from pacenote.replay.record import CACHED, DECODE, PREFILL, RoutingRecord
 from pacenote.replay.spec import RoutingGeometry
-from pacenote.replay.wire import decode_sglang
-from pacenote.rollout.errors import BadRequest, ContextOverflow, UpstreamError, UpstreamTimeout
+from pacenote.rollout.errors import BadRequest, ContextOverflow, RollbackFailed, UpstreamError, UpstreamTimeout
 from pacenote.rollout.messages import parse_message
+from pacenote.rollout.rows import Rows, read_rows
 from pacenote.rollout.turn import Answer, Prompt
 
 CLIENT_FIELDS = (
@@ -32,8 +31,10 @@ CLIENT_FIELDS = (
 """Fields of a client's request that reach the engine. Everything else is ours, or nobody's."""
 
 _OVERFLOW = re.compile(
-    r"context[ _](length|window)|maximum (context|allowed length)|longer than the model", re.IGNORECASE
+    r"context[ _](length|window)|maximum (context|allowed length|number of tokens)|longer than the model",
+    re.IGNORECASE,
 )
+_ROLLBACK = re.compile(r"rollback[ _-]failed", re.IGNORECASE)
 # What clients look for, each in the text: litellm the sentence, LangChain the code. The engine's own words vary.
 _TOO_LONG = "(context_length_exceeded: this model's maximum context length is less than was asked for)"
 _INT32 = 2**31
@@ -55,14 +56,17 @@ class Reply:
     logprobs: Any
 
 
-def chat_body(prompt: Prompt, request: Mapping[str, Any], *, model: str, routing: bool) -> dict[str, Any]:
+def chat_body(
+    prompt: Prompt, request: Mapping[str, Any], *, model: str, routing: bool, start: int | None = None
+) -> dict[str, Any]:
     """The body of POST /v1/chat/completions.
 
     Args:
         prompt: what to generate from; its ids are sent, so the engine's own template is not used.
         request: the client's; only CLIENT_FIELDS are taken from it.
         model: name of the served model; gateways route by it.
-        routing: ask for routed experts, from the first row that the session does not hold.
+        routing: ask for routed experts.
+        start: the first row to ask for; None is the first that the session does not hold.
     """
     history = [*(prompt.parent.history() if prompt.parent else ()), *prompt.appended]
     body = {name: request[name] for name in CLIENT_FIELDS if request.get(name) is not None}
@@ -77,7 +81,7 @@ def chat_body(prompt: Prompt, request: Mapping[str, Any], *, model: str, routing
         "return_meta_info": True,
         "no_stop_trim": False,
         "return_routed_experts": routing,
-        **({"routed_experts_start_len": prompt.rows_held} if routing else {}),
+        **({"routed_experts_start_len": prompt.rows_held if start is None else start} if routing else {}),
     }
 
 
@@ -105,6 +109,7 @@ class Engine:
         Raises:
             ContextOverflow: prompt or answer do not fit.
             BadRequest: the engine refused the request's own fields.
+            RollbackFailed: the engine cannot continue the prefix that it had.
             UpstreamError: no connection, or any other status than 200.
             UpstreamTimeout: no answer in time.
         """
@@ -126,6 +131,8 @@ class Engine:
 def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:
     """The error for a status other than 200: a 400 is the request's own fault, the rest is the engine's."""
     message = _reason(body)
+    if _ROLLBACK.search(body.decode(errors="replace")):
+        return RollbackFailed(f"the engine answered {status}: {message}")
     if status in (400, 413, 422) and _OVERFLOW.search(message):
         return ContextOverflow(f"{message} {_TOO_LONG}", param="messages")
     if status in (400, 422):
@@ -133,16 +140,21 @@ def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:
     return UpstreamError(f"the engine answered {status}: {message}")
 
 
-def read_reply(raw: bytes, prompt: Prompt, geometry: RoutingGeometry | None) -> Reply:
+def read_reply(
+    raw: bytes, prompt: Prompt, geometry: RoutingGeometry | None, *, start: int | None = None, note: str | None = None
+) -> Reply:
     """Check an engine's answer of status 200.
 
     Args:
         raw: the body.
         prompt: what was asked.
         geometry: the model's routing; None if no routes were asked for.
+        start: the first row that was asked for; None is the first that the session does not hold.
+        note: what the record says of how it was asked.
 
     Raises:
         UpstreamError: not JSON, no choice, aborted, or tokens, logprobs and rows that do not fit each other.
+        ContextOverflow, RollbackFailed: aborted for this reason.
     """
     try:
         body = orjson.loads(raw)
@@ -158,24 +170,38 @@ def read_reply(raw: bytes, prompt: Prompt, geometry: RoutingGeometry | None) -> 
     finish = meta.get("finish_reason")
     kind = finish.get("type") if isinstance(finish, dict) else None
     if kind not in ("stop", "length") or not isinstance(finish, dict):
-        why = finish.get("message") if isinstance(finish, dict) else finish
-        raise UpstreamError(f"expected an answer that finished by stop or length, got {kind or 'none'}: {why}")
+        raise _aborted(kind, finish.get("message") if isinstance(finish, dict) else finish)
     ids, logprobs = _tokens(meta)
     _check_counts(meta, prompt, len(ids))
     versions, name = _versions(meta, len(ids))
     message = choice["message"]
+    rows = None if geometry is None else _rows(choice, meta, prompt, versions, geometry, start)
     answer = Answer(
         message=parse_message(message, "the engine's message"),
         ids=ids,
         logprobs=logprobs,
         versions=versions,
         version_name=name,
-        rows=None if geometry is None else _rows(meta, prompt, versions, geometry),
+        rows=rows.record if rows else None,
         finish=kind,
         stopped=kind == "stop" and finish.get("matched") == int(ids[-1]),
+        note="; ".join(text for text in (note, rows and rows.note) if text) or None,
+        rows_compared=rows.compared if rows else 0,
+        rows_differing=rows.differing if rows else 0,
     )
     called = "tool_calls" if answer.message.raw.get("tool_calls") and kind == "stop" else kind
     return Reply(answer=answer, finish_reason=called, logprobs=choice.get("logprobs"))
+
+
+def _aborted(kind: str | None, why: object) -> ContextOverflow | UpstreamError:
+    """The error for an answer of status 200 that did not finish: SGLang aborts this way what its scheduler refuses."""
+    message = f"expected an answer that finished by stop or length, got {kind or 'none'}: {why}"
+    if kind == "abort" and isinstance(why, str):
+        if _ROLLBACK.search(why):
+            return RollbackFailed(message)
+        if _OVERFLOW.search(why):
+            return ContextOverflow(f"{why} {_TOO_LONG}", param="messages")
+    return UpstreamError(message)
 
 
 def _choice(body: Any) -> dict[str, Any]:
@@ -231,7 +257,7 @@ def _versions(meta: Mapping[str, Any], generated: int) -> tuple[NDArray[np.int32
     for span in spans if isinstance(spans, list) else ():
         try:
             start, end, label = int(span["start"]), int(span["end"]), str(span["version"])
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise UpstreamError(f"expected weight_versions of version, start and end, got {span!r}") from error
         if not 0 <= start <= end:
             raise UpstreamError(f"expected weight_versions with 0 <= start <= end, got {span!r}")
@@ -245,10 +271,17 @@ def _number(version: str) -> int:
 
 
 def _rows(
-    meta: Mapping[str, Any], prompt: Prompt, versions: NDArray[np.int32], geometry: RoutingGeometry
-) -> RoutingRecord:
+    choice: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    prompt: Prompt,
+    versions: NDArray[np.int32],
+    geometry: RoutingGeometry,
+    start: int | None,
+) -> Rows:
     """The rows from `prompt.rows_held` to the last but one token: P + G - 1 - held of them."""
     payload = meta.get("routed_experts")
+    if payload is None:
+        payload = choice.get("routed_experts")  # where vLLM has them
     if payload is None:
         raise UpstreamError(
             "expected routed_experts from the engine, got none: start SGLang with --enable-return-routed-experts, or "
@@ -257,15 +290,9 @@ def _rows(
     cached = meta.get("cached_tokens") or 0
     if not isinstance(cached, int):
         raise UpstreamError(f"expected cached_tokens as a number from the engine, got {cached!r}")
-    places = np.arange(prompt.rows_held, prompt.length + len(versions) - 1)
-    provenance = np.where(places < prompt.length, PREFILL, DECODE)
-    provenance = np.where(places < min(cached, prompt.length), CACHED, provenance)
-    # A generated token's own row is computed when the next token is.
-    writers = np.concatenate([np.repeat(versions[:1], prompt.length), versions[1:]])
+    first = prompt.rows_held if start is None else start
     try:
-        return decode_sglang(
-            payload, geometry, rows=len(places), provenance=provenance.astype(np.uint8), version=writers[places]
-        )
+        return read_rows(payload, prompt, geometry, versions=versions, cached=cached, start=first)
     except ReplayError as error:
         raise UpstreamError(f"routes from the engine: {error}") from error
 

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class SessionStore(Protocol):
         ...
 
     def open(self, session_id: str) -> Session:
-        """The session, started now if there never was one. Counts as use.
+        """The session, or a new one that is held, and shown, once something is committed to it. Counts as use.
 
         Raises:
             SessionGone: it was deleted, or has expired.
@@ -55,8 +55,13 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def commit(self, session: Session, pending: Pending, answer: Answer, *, id: str) -> Turn:
-        """`Session.commit`, kept for good. Cancelling the caller does not stop it half way.
+    async def commit(
+        self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None
+    ) -> tuple[Turn, ...]:
+        """`Session.commit` of each answer, all or none, kept for good. What was committed before stays as it was.
+
+        Cancelling the caller does not stop it half way. A new session is held from now on; if another of its id came
+        first, the turns are that one's.
 
         Raises:
             SessionGone: the session was deleted or has expired in the meantime.
@@ -130,14 +135,18 @@ class MemoryStore:
         if session is None:
             if len(session_id) > MAX_ID:
                 raise BadRequest(f"a session id has at most {MAX_ID} characters, got {len(session_id)}")
-            session = Session(session_id, recovered=True)
-            self._hold(session)
+            return Session(session_id, recovered=True)
         return session
 
-    async def commit(self, session: Session, pending: Pending, answer: Answer, *, id: str) -> Turn:
+    async def commit(
+        self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None
+    ) -> tuple[Turn, ...]:
         """See `SessionStore.commit`."""
-        self._check(session)
-        return session.commit(pending, answer, id=id)
+        session = self._target(session)
+        turns = tuple(session.commit(pending, answer, id=id, created=created) for answer in answers)
+        if self.find(session.id) is None:
+            self._hold(session)
+        return turns
 
     async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
@@ -162,9 +171,12 @@ class MemoryStore:
         self._sessions[session.id] = session
         self._used[session.id] = self._clock()
 
-    def _check(self, session: Session) -> None:
-        if self.find(session.id) is not session:
+    def _target(self, session: Session) -> Session:
+        """Where to commit to: the session itself; for a new one of an unknown id, whichever was first to be held."""
+        held = self.find(session.id)
+        if held is not session and (session.turns or not session.recovered):
             raise SessionGone(f"session {session.id} was deleted while it generated")
+        return held or session
 
     def _forget(self, session_id: str, reason: str) -> None:
         self._sessions.pop(session_id, None)
@@ -213,10 +225,13 @@ class JournalStore(MemoryStore):
         self._hold(session)
         return session
 
-    async def commit(self, session: Session, pending: Pending, answer: Answer, *, id: str) -> Turn:
+    async def commit(
+        self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None
+    ) -> tuple[Turn, ...]:
         """See `SessionStore.commit`."""
-        turn: Turn = await self._whole(self._commit(session, pending, answer, id))
-        return turn
+        now = time.time() if created is None else created
+        turns: tuple[Turn, ...] = await self._whole(self._commit(session, pending, answers, id, now))
+        return turns
 
     async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
@@ -235,15 +250,20 @@ class JournalStore(MemoryStore):
             await asyncio.wait(self._begun)
         await asyncio.to_thread(self._journal.close)
 
-    async def _commit(self, session: Session, pending: Pending, answer: Answer, id: str) -> Turn:
+    async def _commit(
+        self, session: Session, pending: Pending, answers: Sequence[Answer], id: str, created: float
+    ) -> tuple[Turn, ...]:
         lock = self._locks.setdefault(session.id, asyncio.Lock())
         async with lock:
-            self._check(session)
-            created = time.time()
-            await self._journal.append(session, pending, answer, id=id, created=created)
-            turn = session.commit(pending, answer, id=id, created=created)
-        self._check(session)
-        return turn
+            session = self._target(session)
+            if known := session.completion(id):
+                return known
+            await self._journal.append(session, pending, *answers, id=id, created=created)
+            turns = tuple(session.commit(pending, answer, id=id, created=created) for answer in answers)
+            if self.find(session.id) is None:  # raises if it was deleted meanwhile
+                self._hold(session)
+        self._target(session)
+        return turns
 
     async def _end(self, session_id: str, reason: str) -> None:
         """Refuse the id at once; take that back if it cannot be kept."""

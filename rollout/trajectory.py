@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pacenote.replay.record import RECOMPUTED, RoutingRecord, expert_dtype
+from pacenote.replay.record import RECOMPUTED, expert_dtype
 from pacenote.rollout.turn import Turn
 
 STATUSES = ("completed", "length", "aborted", "superseded")
@@ -154,8 +154,7 @@ def join(leaf: Turn, *, trained: Container[int], status: str | None = None) -> T
     tokens, generated, mask, logprobs, version = (
         np.concatenate(column) for column in zip(*_columns(line, kept, trained), strict=True)
     )
-    records = [turn.answer.rows for turn in line if turn.answer.rows is not None]
-    record = RoutingRecord.concatenate(records) if len(records) == len(line) else None
+    record = leaf.rows()
     provenance = np.zeros(len(tokens) - 1, dtype=np.uint8)
     if record is not None:
         version[:-1] = np.where(generated[:-1], version[:-1], record.version)

@@ -95,6 +95,10 @@ class Answer:
         rows: R = prompt + G - 1 - rows_held rows; None without routing replay.
         finish: "stop" | "length".
         stopped: the last id is a stop token (rather than the end of a stop text, or of the budget).
+        note: what was out of the ordinary on the engine's side; else None.
+        rows_compared: rows that the session held and the engine sent again under the same weight version.
+        rows_differing: those of them whose experts were others; the session keeps what it held.
+        choice: which of the request's choices it is, from 0.
     """
 
     message: Message
@@ -105,6 +109,10 @@ class Answer:
     rows: RoutingRecord | None
     finish: str
     stopped: bool
+    note: str | None = None
+    rows_compared: int = 0
+    rows_differing: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +121,7 @@ class Turn:
 
     Attributes:
         number: place in the session's order of commits.
-        id: the completion's id, as the client got it.
+        id: the completion's id, as the client got it; the choices of one request share it.
         path: digest of all messages up to and with the answer.
         created: seconds since the epoch.
     """
@@ -147,6 +155,11 @@ class Turn:
     def history(self) -> list[Message]:
         """All messages up to and with this turn's answer, as they are stored."""
         return [message for turn in self.line() for message in (*turn.prompt.appended, turn.answer.message)]
+
+    def rows(self) -> RoutingRecord | None:
+        """The rows of this turn's whole history, one for each token but the last; None without routing replay."""
+        records = [turn.answer.rows for turn in self.line() if turn.answer.rows is not None]
+        return RoutingRecord.concatenate(records) if len(records) == len(self.line()) else None
 
     def generated(self) -> list[bool]:
         """For each message of `history`, whether it was generated here."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -31,6 +32,7 @@ from transformers import AutoTokenizer
 from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.rollout.chat import Chats
+from pacenote.rollout.matching import Match
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.server import SessionConfig, create_app
 from pacenote.rollout.session import Branch, Session
@@ -143,7 +145,13 @@ class Player:
     """
 
     def __init__(
-        self, template: Template, *, geometry: RoutingGeometry | None = GEOMETRY, store: SessionStore | None = None
+        self,
+        template: Template,
+        *,
+        geometry: RoutingGeometry | None = GEOMETRY,
+        policy: str = "tree",
+        match: str = "strict",
+        store: SessionStore | None = None,
     ) -> None:
         self.template = template
         self.sent: dict[int, Sent] = {}
@@ -160,6 +168,8 @@ class Player:
             store=self._store,
             engine=self._engine,
             threads=self._threads,
+            policy=policy,
+            match=Match.load(match),
         )
 
     @property
@@ -182,6 +192,7 @@ class Player:
         message: Mapping[str, Any] | None = None,
         version: int = 0,
         request: Mapping[str, Any] | None = None,
+        write: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         **meta: Any,
     ) -> dict[str, Any]:
         """Ask, have the engine sample these ids, and return the message as the client gets it.
@@ -189,24 +200,26 @@ class Player:
         Args:
             stop: a token's text or a name of STOPS: it is sampled too; or "text", a stop text; None ends by length.
             request: further fields of the request.
+            write: makes the engine's answer from the body, instead of `sglang_answer` with the arguments given here.
             meta: as `sglang_answer`.
         """
         token = None if stop in (None, "text") else self.token(STOPS.get(stop, stop))
         ids = [*sampled] + ([] if token is None else [token])
         answers: list[dict[str, Any]] = []
 
-        def write(body: dict[str, Any]) -> dict[str, Any]:
+        def plain(body: dict[str, Any]) -> dict[str, Any]:
             matched = "END" if stop == "text" else token
-            answers.append(
-                sglang_answer(body, ids, text=text, matched=matched, version=str(version), message=message, **meta)
-            )
-            return answers[0]
+            return sglang_answer(body, ids, text=text, matched=matched, version=str(version), message=message, **meta)
 
-        self._engine.write = write
+        def kept(body: dict[str, Any]) -> dict[str, Any]:
+            answers.append((write or plain)(body))
+            return answers[-1]
+
+        self._engine.write = kept
         fields = {"messages": [*messages], **(request or {})}
         completion = self._runner.run(self._chats.complete(self.session.id, json.loads(json.dumps(fields))))
-        logprobs = [entry[0] for entry in answers[0]["choices"][0]["meta_info"]["output_token_logprobs"]]
-        self.sent[completion.turn.number] = Sent(self._engine.body, ids, logprobs, version, text)
+        logprobs = [entry[0] for entry in answers[-1]["choices"][0]["meta_info"]["output_token_logprobs"]]
+        self.sent[self.turn.number] = Sent(self._engine.body, ids, logprobs, version, text)
         reply: dict[str, Any] = completion.body()["choices"][0]["message"]
         return reply
 
@@ -376,6 +389,7 @@ class ScriptedEngine:
     aborted: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     url: str = ""
     _gate: asyncio.Event = field(default_factory=asyncio.Event)
+    _passes: int = 0
     _loop: asyncio.AbstractEventLoop | None = None
 
     def reset(self) -> None:
@@ -384,8 +398,9 @@ class ScriptedEngine:
         self.arrived, self.aborted = threading.Semaphore(0), threading.Semaphore(0)
         self._gate.set()
 
-    def hold(self) -> None:
-        """Answer nothing until `release`. Call while no request is on its way."""
+    def hold(self, *, passes: int = 0) -> None:
+        """Answer nothing until `release`, but for the first `passes` requests. Call while none is on its way."""
+        self._passes = passes
         self._gate.clear()
 
     def release(self) -> None:
@@ -399,7 +414,8 @@ class ScriptedEngine:
         body = await request.json()
         self.bodies.append(body)
         self.arrived.release()
-        if not await self._released(request):
+        self._passes, passes = self._passes - 1, self._passes > 0
+        if not passes and not await self._released(request):
             self.aborted.release()
             return Response(status_code=499)
         answer = self.write(body) if self.write else sglang_answer(body, [40, 41])
@@ -518,3 +534,24 @@ def serve(tiny_dir: Path, scripted: ScriptedEngine) -> Callable[..., Served]:
         return Served(create_app(SessionConfig(**({"model": str(tiny_dir), "upstream": scripted.url} | options))))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served(serve: Callable[..., Served]) -> Iterator[Served]:
+    """A session server that allows every role."""
+    with serve(append_roles=frozenset(ROLES), served_model="tiny") as served:
+        yield served
+
+
+@pytest.fixture
+def http(served: Served, engine: ScriptedEngine) -> Iterator[httpx.Client]:
+    """A client of it; the engine is as new."""
+    with httpx.Client(base_url=served.url, timeout=30, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for clients that wait."""
+    with ThreadPoolExecutor(8) as pool:
+        yield pool

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pacenote.rollout.errors import SessionExpired, SessionGone, StartupError, StoreError, StoreFull
 from pacenote.rollout.journal import Journal
 from pacenote.rollout.journal_entry import pack_turn, unpack_turn
-from pacenote.rollout.messages import Message, parse_message
+from pacenote.rollout.matching import Match
+from pacenote.rollout.messages import Message, parse_message, parse_messages
 from pacenote.rollout.samples import encode_samples
 from pacenote.rollout.session import Pending, Session
 from pacenote.rollout.share import Share
@@ -129,6 +130,37 @@ def test_a_log_that_breaks_off_anywhere_leaves_whole_turns(
             assert outside(found) in states
             seen.add(len(found.turns))
     assert seen == {0, 1, 2, 3, 4}
+
+
+def test_choices_are_kept_together_or_not_at_all(new_player: MakePlayer, path: Path, store: JournalStore) -> None:
+    player = new_player(store=store)
+    player.ask([user("a")], [40], request={"n": 3})
+    assert len(player.session.newest()) == 3
+    turn, session = player.turn, player.session
+    broken = dataclasses.replace(turn.answer, choice=1, note={1, 2})  # type: ignore[arg-type]  # no JSON
+    with pytest.raises(StoreError, match="the turn cannot be kept"):
+        asyncio.run(store.commit(session, session.begin(turn.prompt), turn.answer, broken, id="x"))
+    assert len(session.turns) == 3
+    asyncio.run(store.close())
+    [found] = again(path, session.id)
+    assert found is not None
+    assert outside(found) == outside(session)
+    assert [turn.number for turn in found.completion(turn.id)] == [0, 1, 2]
+    assert [turn.number for turn in found.newest()] == [0, 1, 2]
+
+
+def test_keys_of_another_match_are_restored(new_player: MakePlayer, path: Path, store: JournalStore) -> None:
+    player = new_player(store=store, match="role-content")
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = player.ask([user("a")], [40], message={"content": "x", "tool_calls": [call]})
+    player.close()
+    asyncio.run(store.close())
+    after = JournalStore(Journal(path))
+    session = after.find(player.session.id)
+    assert session is not None
+    messages = Match.load("role-content").keyed(parse_messages([user("a"), {**answer, "tool_calls": []}]))
+    assert session.find(messages, reasoning=False) is session.turns[0]
+    asyncio.run(after.close())
 
 
 def test_a_restored_session_goes_on(new_player: MakePlayer, path: Path, store: JournalStore) -> None:
@@ -274,7 +306,7 @@ def test_commits_and_a_deletion_at_once(new_player: MakePlayer, path: Path, stor
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     results = asyncio.run(run())
-    assert {type(result) for result in results} <= {type(turn), SessionGone}
+    assert {type(result) for result in results} <= {tuple, SessionGone}
     asyncio.run(store.close())
     with pytest.raises(SessionGone):
         again(path, "other")
@@ -322,7 +354,7 @@ def test_journals_of_another_server(path: Path, store: JournalStore) -> None:
     with pytest.raises(StartupError, match="is in use by another session server"):
         Journal(path)
     asyncio.run(store.close())
-    with pytest.raises(StartupError, match="another tokenizer or another routing: expected , got other"):
+    with pytest.raises(StartupError, match="another tokenizer, routing or --match: expected , got other"):
         Journal(path, subject="other")
     with pytest.raises(StartupError, match="belongs to process 0 of 1, not 0 of 2: keep --workers"):
         Journal(path, share=Share(index=0, count=2))

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pacenote.rollout.messages import ROLES, chain, parse_messages
+from pacenote.rollout.messages import ROLES, parse_messages
 from pacenote.rollout.session import Session
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ def test_an_empty_session() -> None:
     assert session.turns == ()
     books = [session.accumulated_token_ids(), session.records(), session.trajectories(), session.leaves()]
     assert books == [[], [], [], []]
-    messages = parse_messages([user("a")])
-    assert session.find(messages, chain([message.key for message in messages])) is None
+    assert session.newest() == ()
+    assert session.recovered_from is None
+    assert session.find(parse_messages([user("a")])) is None
 
 
 def test_asking_and_failing_changes_nothing(player: Player) -> None:
@@ -253,6 +254,9 @@ def test_records_say_what_was_said(player: Player) -> None:
     assert first | {"created": 0, "id": ""} == {
         "index": 0,
         "id": "",
+        "choice": 0,
+        "rows_compared": 0,
+        "rows_differing": 0,
         "parent": None,
         "created": 0,
         "messages": [user("a")],

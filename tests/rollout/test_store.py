@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +14,10 @@ from pacenote.rollout.errors import BadRequest, Misdirected, SessionExpired, Ses
 from pacenote.rollout.journal import Journal
 from pacenote.rollout.share import Share
 from pacenote.rollout.store import MAX_ID, JournalStore, MemoryStore, check_store, open_store
+from pacenote.rollout.turn import Turn
+
+if TYPE_CHECKING:
+    from tests.rollout.conftest import Player
 
 
 class Clock:
@@ -40,6 +46,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Itera
     asyncio.run(store.close())
 
 
+@pytest.fixture
+def turn(player: Player) -> Turn:
+    """A turn to commit elsewhere."""
+    player.ask([{"role": "user", "content": "a"}], [40])
+    return player.turn
+
+
 def test_a_session_from_start_to_end(store: MemoryStore) -> None:
     async def run() -> None:
         session = await store.create()
@@ -56,14 +69,51 @@ def test_a_session_from_start_to_end(store: MemoryStore) -> None:
     asyncio.run(run())
 
 
-def test_looking_creates_nothing_and_opening_does(store: MemoryStore) -> None:
-    assert store.find("mine") is None
-    assert len(store) == 0
-    session = store.open("mine")
-    assert session.id == "mine"
-    assert session.recovered
-    assert store.find("mine") is session
-    assert len(store) == 1
+def test_looking_and_opening_create_nothing_and_committing_does(store: MemoryStore, turn: Turn) -> None:
+    async def run() -> None:
+        one, two = store.open("mine"), store.open("mine")
+        assert (one.id, one.recovered, one.turns) == ("mine", True, ())
+        assert one is not two
+        assert store.find("mine") is None
+        assert len(store) == 0
+        for place, session in enumerate((one, two)):  # two first requests at once: the first to be answered starts it
+            [kept] = await store.commit(session, session.begin(turn.prompt), turn.answer, id=str(place))
+            assert store.find("mine") is store.open("mine") is one
+            assert one.turns[-1] is kept
+        assert len(one.turns) == 2
+        assert len(store) == 1
+
+    asyncio.run(run())
+
+
+def test_a_session_that_ended_before_its_first_commit_stays_away(store: MemoryStore, turn: Turn) -> None:
+    async def run() -> None:
+        new, known = store.open("mine"), await store.create()
+        for session in (new, known):
+            await store.delete(session.id)
+            with pytest.raises(SessionGone):
+                await store.commit(session, session.begin(turn.prompt), turn.answer, id="x")
+        for name in "abc":  # until both ids are forgotten
+            await store.delete(name)
+        assert store.find(known.id) is None
+        with pytest.raises(SessionGone):
+            await store.commit(known, known.begin(turn.prompt), turn.answer, id="x")
+        assert len(store) == 0
+
+    asyncio.run(run())
+
+
+def test_choices_are_committed_together_and_once(store: MemoryStore, turn: Turn) -> None:
+    async def run() -> None:
+        session = await store.create()
+        answers = [replace(turn.answer, choice=choice) for choice in range(3)]
+        for _ in range(2):
+            turns = await store.commit(session, session.begin(turn.prompt), *answers, id="x")
+            assert session.turns == session.newest() == session.completion("x") == turns
+        assert [turn.answer.choice for turn in turns] == [0, 1, 2]
+        assert not any(session.superseded(turn) for turn in turns)
+
+    asyncio.run(run())
 
 
 def test_an_id_that_never_was_can_be_deleted_and_is_gone_then(store: MemoryStore) -> None:
@@ -73,12 +123,11 @@ def test_an_id_that_never_was_can_be_deleted_and_is_gone_then(store: MemoryStore
 
 
 def test_ids_have_a_length(store: MemoryStore) -> None:
-    store.open("x" * MAX_ID)
+    assert len(store.open("x" * MAX_ID).id) == MAX_ID
     with pytest.raises(BadRequest, match="at most 256 characters, got 257"):
         store.open("x" * (MAX_ID + 1))
     asyncio.run(store.delete("y" * (MAX_ID + 1)))  # remembers no more of it than an id can have
     assert store.find("y" * (MAX_ID + 1)) is None
-    assert len(store) == 1
 
 
 def test_the_memory_of_deleted_ids_is_bounded(store: MemoryStore) -> None:
@@ -93,10 +142,11 @@ def test_the_memory_of_deleted_ids_is_bounded(store: MemoryStore) -> None:
             store.find(name)
 
 
-def test_sessions_that_nobody_uses_expire(store: MemoryStore, clock: Clock) -> None:
+def test_sessions_that_nobody_uses_expire(store: MemoryStore, clock: Clock, turn: Turn) -> None:
     async def run() -> None:
         for name in ("idle", "seen", "busy"):
-            store.open(name)
+            session = store.open(name)
+            await store.commit(session, session.begin(turn.prompt), turn.answer, id="x")
         clock.now = 6.0
         store.find("seen")
         assert await store.expire(10.0, ["busy", "unknown"]) == []
