@@ -1,5 +1,7 @@
 """Every op in plain torch: the definition, the CPU path, and in float64 the oracle that kernels are tested against.
 
+The policy loss stands in `reference_policy`.
+
 Legend: T tokens, D model, V vocabulary, E experts, K top-k, G groups, S samples, N tokens of a sample.
 """
 
@@ -18,9 +20,6 @@ REPLAYED, FREED, DUPLICATE, OUT_OF_RANGE, PADDED = range(5)
 
 COUNTERS = ("replayed", "free", "duplicate", "out_of_range", "pad", "flipped", "overlap", "missing")
 """Names of the counts of a routing; the first five are the fates above, `missing` is a part of `free`."""
-
-MAX_LOG_RATIO = 20.0
-"""Bound on a difference of logprobs before exp: e^20 is 4.9e8, a float32 product with it stays finite."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -440,72 +439,3 @@ def logprob(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) 
     p = logp.exp()
     entropy = -torch.where(p > 0, p * logp.masked_fill(p == 0, 0.0), 0.0).sum(dim=1)
     return logp.gather(1, targets.long()[:, None])[:, 0], entropy
-
-
-# --- policy terms ----------------------------------------------------------------------------------------------------
-
-
-def bounded_exp(x: Tensor) -> Tensor:
-    """exp of a difference of logprobs [T], bounded by +-MAX_LOG_RATIO; no gradient flows beyond the bound."""
-    return x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-@dataclass(frozen=True, slots=True)
-class Surrogate:
-    """PPO's loss [T], the ratio [T], and where the clipped and the dual-clipped branch was taken, [T] bool."""
-
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    dual_clipped: Tensor
-
-
-def surrogate(
-    logprob: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> Surrogate:
-    """max(-r A, -clip(r, 1 - low, 1 + high) A) with r = exp(logprob - old), all [T]; equality is not a clip.
-
-    arXiv 1707.06347 eq. 7, the two bounds of arXiv 2503.14476; dual clip, arXiv 1912.09729 eq. 5: for A < 0 the loss is
-    at most -c A.
-    """
-    ratio = bounded_exp(logprob - old)
-    plain, bounded = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss, clipped = torch.maximum(plain, bounded), bounded > plain
-    dual = torch.zeros_like(clipped)
-    if dual_clip is not None:
-        ceiling = -dual_clip * advantages
-        dual = (advantages < 0) & (loss > ceiling)
-        loss = torch.where(dual, ceiling, loss)
-    return Surrogate(loss, ratio, clipped & ~dual, dual)
-
-
-def importance(
-    old: Tensor, rollout: Tensor, cap: float | None, band: tuple[float, float] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [T] = exp(old - rollout) [T], at most `cap` and zero outside `band`; and both happenings, [T] bool.
-
-    Truncation: TIS, fengyao.notion.site/off-policy-rl. Band, its edges inside: IcePop, arXiv 2510.18855.
-    """
-    raw = bounded_exp(old - rollout)
-    weight, truncated, outside = raw, torch.zeros_like(raw, dtype=torch.bool), torch.zeros_like(raw, dtype=torch.bool)
-    if cap is not None:
-        weight, truncated = raw.clamp(max=cap), raw > cap
-    if band is not None:
-        outside = (raw < band[0]) | (raw > band[1])
-        weight = torch.where(outside, 0.0, weight)
-    return weight, truncated, outside
-
-
-def kl(logprob: Tensor, other: Tensor, kind: str) -> Tensor:
-    """Estimates [T] of KL(policy || other) at tokens sampled from the policy (joschu.net/blog/kl-approx.html).
-
-    k3 is exp(-d) - 1 + d with d = logprob - other, never negative; d is bounded below, where exp would overflow, and no
-    gradient flows from there: that of the linear term alone would have the wrong sign.
-    """
-    d = logprob - other
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return 0.5 * d * d
-    d = d.clamp(min=-MAX_LOG_RATIO)
-    return torch.expm1(-d) + d

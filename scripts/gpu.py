@@ -94,7 +94,12 @@ def benchmark(name: str, out: Path, least: float) -> Stage:
 
 def stages(out: Path) -> list[Stage | Outcome]:
     """All of them, in order; an Outcome is one that cannot run here."""
-    rows = [benchmark("route", out, 75), benchmark("permute", out, 30), benchmark("pack", out, 50)]
+    rows = [
+        benchmark("route", out, 75),
+        benchmark("permute", out, 30),
+        benchmark("pack", out, 50),
+        benchmark("policy", out, 40),
+    ]
     return [*tests(), races(), *sanitizer.stages(), *rows]
 
 

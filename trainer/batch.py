@@ -16,18 +16,20 @@ from pacenote.trainer.hf import OptimConfig
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A trajectory and the advantage of its episode."""
+    """A trajectory, the advantage of its episode, and the number of the group that its advantage is relative to."""
 
     trajectory: Trajectory
     advantage: float
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A packed batch, and the trajectories in it as they were cut: number s is the batch's segment s."""
+    """A packed batch, and the trajectories in it as they were cut: number s is the batch's segment s; their groups."""
 
     batch: PackedBatch
     trajectories: tuple[Trajectory, ...]
+    groups: tuple[int, ...] = ()
 
 
 def split_steps(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
@@ -79,7 +81,7 @@ def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) ->
         if batch.num_samples:
             kept = (chosen[number].trajectory for number in batch.kept)
             cut = tuple(t.truncate(config.max_len) if config.max_len else t for t in kept)
-            batches.append(Microbatch(batch, cut))
+            batches.append(Microbatch(batch, cut, tuple(chosen[number].group for number in batch.kept)))
     return batches
 
 

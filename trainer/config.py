@@ -80,8 +80,6 @@ class RunConfig:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
         if self.loss.kl_coef:
             raise ValueError(f"--loss.kl-coef expects 0, got {self.loss.kl_coef}: this trainer has no reference policy")
-        if self.loss.normalize == "constant":
-            raise ValueError("--loss.normalize expects token or sequence: this trainer has no constant to divide by")
         if not 0 <= self.optim.decay <= 1:
             raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
         if self.optim.lr <= 0 or self.optim.grad_clip <= 0:

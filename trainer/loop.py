@@ -114,8 +114,8 @@ def one_step(
 
     earned = group_advantages([e.reward for e in episodes], config.rollout.group, normalize=config.normalize_std)
     samples = [
-        Sample(trajectory, advantage)
-        for episode, advantage in zip(episodes, earned.values.tolist(), strict=True)
+        Sample(trajectory, advantage, number // config.rollout.group)
+        for number, (episode, advantage) in enumerate(zip(episodes, earned.values.tolist(), strict=True))
         if advantage == advantage  # NaN marks an episode without a countable reward
         for trajectory in episode.trajectories
     ]
@@ -128,7 +128,7 @@ def one_step(
 
     backend.audit()  # the counters so far are of the measurements
     lr = backend.set_lr(version, config.steps)
-    learnt = update(backend, prepared, config.loss, step=version)
+    learnt = update(backend, prepared, config.loss, step=version, answer_tokens=config.rollout.max_tokens)
     times.append(time.perf_counter())
     if version % config.samples_every == 0 or version == config.steps - 1:
         run.write_samples(version, episodes)

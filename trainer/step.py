@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.policy import PolicyConfig, policy_loss
@@ -21,10 +25,12 @@ engine's in the first optimizer step of a training step and the trainer's own in
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A microbatch ready for the optimizer: `routes` are what the update replays (None: the model's own)."""
+    """A microbatch ready for the optimizer: `routes` are what the update replays (None: the model's own), `groups` the
+    numbers of its samples' groups."""
 
     batch: PackedBatch
     routes: Routes | None
+    groups: tuple[int, ...] = ()
 
 
 def prepare(
@@ -62,45 +68,87 @@ def _prepare(backend: HfBackend, item: Microbatch, mode: ReplayMode, meter: Mete
     else:
         routes, old = (own if mode == "trainer" else None), native
     meter.add(item, old, native, own)
-    return Prepared(replace(batch, old_logprobs=old), routes)
+    return Prepared(replace(batch, old_logprobs=old), routes, item.groups)
 
 
 def update(
-    backend: HfBackend, steps: Sequence[Sequence[Prepared]], config: PolicyConfig, *, step: int
+    backend: HfBackend,
+    steps: Sequence[Sequence[Prepared]],
+    config: PolicyConfig,
+    *,
+    step: int,
+    answer_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Take one optimizer step per entry of `steps`; gradients of its microbatches add up to the whole's.
 
+    Args:
+        backend: the model.
+        steps: microbatches by optimizer step.
+        config: the loss. Its denominator is the whole optimizer step's: trained tokens, samples or groups that have
+            any, or for "constant" such samples times `answer_tokens` (Dr. GRPO, arXiv 2503.20783).
+        step: number of the training step, for messages.
+        answer_tokens: tokens that an answer may have.
+
     Returns:
         Metrics of `policy_loss` over all the steps: means over trained tokens, but `loss` is the mean over optimizer
-        steps, `ratio_max` the largest, `tokens` and `samples` sums; `grad_norm` is the largest, unclipped.
+        steps, `ratio_max` the largest, `ratio_min` the smallest, `tokens` and `samples` sums; `grad_norm` is the
+        largest, unclipped.
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; the optimizer step that would have used it was not taken.
+        ValueError: normalize is "constant", and there is no `answer_tokens`.
     """
     parts: list[dict[str, float]] = []
     norms: list[float] = []
     for prepared in steps:
-        denominator = sum(_weight(item.batch, config) for item in prepared)
+        denominator, sizes = _shares(prepared, config, answer_tokens)
         if not denominator:
             continue
-        for item in prepared:
+        for item, size in zip(prepared, sizes, strict=True):
             with backend.routed(item.routes):
                 logprob, entropy = backend.logprobs(item.batch, item.routes)
-                out = policy_loss(logprob, item.batch, config, entropy=entropy, denominator=denominator)
-                _check_finite(float(out.loss.detach()), "loss", step, backend.optimizer.zero_grad)
+                out = policy_loss(
+                    logprob, item.batch, config, entropy=entropy, group_tokens=size, denominator=denominator
+                )
+                said = out.read()
+                _check_finite(said["loss"], "loss", step, backend.optimizer.zero_grad)
                 out.backward()
-            parts.append({name: float(value) for name, value in out.metrics.items()})
+            parts.append(said)
         norm = backend.apply_gradients()
         _check_finite(norm, "gradient norm", step, backend.optimizer.zero_grad)
         norms.append(norm)
     return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0)}
 
 
-def _weight(batch: PackedBatch, config: PolicyConfig) -> int:
-    """A microbatch's part of the optimizer step's denominator: its trained tokens, or its samples that have any."""
-    if config.normalize == "sequence":
-        return int((batch.segment_ids[batch.loss_mask].bincount() > 0).sum())
-    return int(batch.loss_mask.sum())
+def _shares(
+    prepared: Sequence[Prepared], config: PolicyConfig, answer_tokens: int | None
+) -> tuple[int, list[Tensor | None]]:
+    """An optimizer step's denominator, 0 without a trained token; and of each microbatch the tokens [S] of the groups
+    that its samples are of, in all microbatches, where the loss asks for them."""
+    counts = [_sample_tokens(item.batch) for item in prepared]
+    samples = sum(n > 0 for microbatch in counts for n in microbatch)
+    sizes: list[Tensor | None] = [None] * len(prepared)
+    if config.normalize == "group":
+        whole = Counter[int]()
+        for item, microbatch in zip(prepared, counts, strict=True):
+            for group, n in zip(item.groups, microbatch, strict=True):
+                whole[group] += n
+        sizes = [
+            torch.tensor([whole[group] for group in item.groups], device=item.batch.loss_mask.device)
+            for item in prepared
+        ]
+        return sum(n > 0 for n in whole.values()), sizes
+    if config.normalize == "constant":
+        if answer_tokens is None:
+            raise ValueError('expected answer_tokens for normalize="constant", got None')
+        return samples * answer_tokens, sizes
+    return samples if config.normalize == "sequence" else sum(map(sum, counts)), sizes
+
+
+def _sample_tokens(batch: PackedBatch) -> list[int]:
+    """Trained tokens of each sample, [S]."""
+    counts: list[int] = batch.segment_ids[batch.loss_mask].bincount(minlength=batch.num_samples).tolist()
+    return counts
 
 
 def _merged(parts: Sequence[dict[str, float]], steps: int) -> dict[str, float]:
@@ -113,6 +161,7 @@ def _merged(parts: Sequence[dict[str, float]], steps: int) -> dict[str, float]:
         **merged,
         "loss": sum(part["loss"] for part in parts) / steps,  # a microbatch's loss is its share of its step's
         "ratio_max": max(part["ratio_max"] for part in parts),
+        "ratio_min": min(part["ratio_min"] for part in parts),
         "tokens": tokens,
         "samples": sum(part["samples"] for part in parts),
     }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, pack, peers, permute, plot, route
+from benchmarks import harness, pack, peers, permute, plot, policy, route
 from benchmarks.case import OURS, Absent, Case, Floor, Implementation
 from benchmarks.harness import Cases, Setting
 from benchmarks.machine import Ceilings
@@ -210,3 +210,20 @@ def test_pack_samples(tokens: int) -> None:
         wrong = fields[i] ^ 1 if fields[i].dtype == torch.bool else (fields[i].double() + 1).to(fields[i].dtype)
         with pytest.raises(AssertionError, match=name):
             pack.check(inputs, [*fields[:i], wrong, *fields[i + 1 :]])
+
+
+@pytest.mark.parametrize("work", policy.WORKS)
+def test_policy_check_sees_what_is_wrong(work: str) -> None:
+    """And every implementation has the definition's loss and gradient."""
+    config = policy.WORKS[work]
+    inputs = policy.make(config, 1500, CPU, 0)
+    for bind in (policy.ours, policy.per_sample):
+        loss, grad, metrics = bind(config, inputs)()
+        policy.check(config, inputs, (loss, grad, metrics))
+    for wrong, words in (
+        ((loss + 1, grad, metrics), "loss"),
+        ((loss, grad * 1.1, metrics), "gradient"),
+        ((loss, grad, policy.ours(config, inputs)()[2] + 1), "metrics"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            policy.check(config, inputs, wrong)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from pacenote.kernels import pack_triton, permute_triton, route_triton, segment_triton
+from pacenote.kernels import pack_triton, permute_triton, policy_triton, route_triton, segment_triton
+from pacenote.kernels.policy_config import PolicyConfig
+from pacenote.kernels.reference_policy import PolicyInputs
 from pacenote.kernels.spec import RouterSpec
 
 Launches = Iterator[tuple[str, Callable[[], Any]]]
@@ -170,4 +172,48 @@ def _segment(dtype: torch.dtype, ids: torch.dtype, masked: bool, tokens: int) ->
     segment_triton.spread(torch.zeros(3), segments, mask, dtype)
 
 
-WORKLOADS: dict[str, Callable[[], Launches]] = {"pack": pack, "permute": permute, "route": route, "segment": segment}
+# --- policy ----------------------------------------------------------------------------------------------------------
+
+
+def policy() -> Launches:
+    """Each algorithm, ratio, level, KL and normalisation; what may be absent, absent; each width of floats and ids."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    table: tuple[tuple[str, PolicyConfig, torch.dtype, torch.dtype, bool], ...] = (
+        # name, config, floats, ids, whether old, entropy and reference are given
+        ("grpo", PolicyConfig(), f32, torch.int32, False),
+        ("all", PolicyConfig(dual_clip=3.0, icepop=(0.5, 2.0), kl_coef=0.1, entropy_coef=0.1), f32, torch.int32, True),
+        ("bare", PolicyConfig(tis_cap=None, normalize="constant"), bf16, torch.int64, True),
+        ("k1", PolicyConfig(kl_coef=0.1, kl_type="k1", kl_unbiased=True), f16, torch.int32, True),
+        ("k2", PolicyConfig(kl_coef=0.1, kl_type="k2", mis=(0.5, 2.0), mis_level="token"), bf16, torch.int32, True),
+        ("gspo", PolicyConfig(ratio="sequence", normalize="sequence", entropy_coef=0.1), f32, torch.int32, True),
+        ("gspo-token", PolicyConfig(ratio="sequence-token", tis_level="sequence"), f32, torch.int64, False),
+        ("mis", PolicyConfig(mis=(0.5, 2.0), tis_level="geometric", normalize="group"), f32, torch.int32, True),
+        ("cispo", PolicyConfig(algorithm="cispo", ratio="sequence", mis=(0.5, 2.0)), f32, torch.int32, False),
+        ("reinforce", PolicyConfig(algorithm="reinforce", kl_coef=0.1), bf16, torch.int64, True),
+    )
+    for name, config, floats, ids, whole in table:
+        for tokens in (1, 33) if name in ("all", "gspo") else (33,):
+            yield f"{name}-T{tokens}", partial(_policy, config, floats, ids, whole, tokens)
+
+
+def _policy(config: PolicyConfig, floats: torch.dtype, ids: torch.dtype, whole: bool, tokens: int) -> None:
+    """Launch all kernels of both passes; older logprobs and advantages are float32, as in a packed batch."""
+    wide, mask, segments = torch.zeros(tokens), torch.ones(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=ids)
+    given = torch.zeros(tokens, dtype=floats) if whole else None
+    groups = torch.ones(3, dtype=ids) if config.normalize == "group" else None
+    divisor = torch.ones(()) if config.kl_coef else 7.0 if config.normalize == "constant" else None
+    logprob = torch.zeros(tokens, dtype=floats)
+    old = wide if whole else None
+    x = PolicyInputs(logprob, old, wide, wide, mask, segments, 3, given, given, groups, divisor)
+    slopes = policy_triton.policy_loss(x, config).slopes
+    bonus = floats if config.entropy_coef else None
+    policy_triton.policy_gradient(slopes, torch.ones(()), mask, segments, 0.1, floats, bonus)
+
+
+WORKLOADS: dict[str, Callable[[], Launches]] = {
+    "pack": pack,
+    "permute": permute,
+    "policy": policy,
+    "route": route,
+    "segment": segment,
+}

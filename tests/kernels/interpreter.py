@@ -7,6 +7,7 @@
 - Atomic additions of floats are refused: their order, and so their result, does not repeat on a GPU.
 - device_assert and overflow of int32 are checked, launch arguments that nobody knows are refused.
 - NaN from inf - inf warns nobody, as on a GPU.
+- A call within a kernel does not patch the language that its launch has patched: that took most of the time.
 
 `install` does it once a process, before or after kernels are defined.
 """
@@ -157,6 +158,15 @@ def install() -> None:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    patch_and_call = ti.InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        languages = (value for value in self.fn.__globals__.values() if value is tl or value is tl.core)
+        if any(tl.core.is_builtin(language.arange) for language in languages):
+            return patch_and_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    ti.InterpretedFunction.__call__ = call
     ti.GridExecutor.__call__ = strict_launch
     ti.ReduceScanOpInterface.check_tensor = strict_reduce
     ti._patch_lang_tensor = indexable

@@ -41,6 +41,7 @@ class Expected:
 EXPECTED = {
     "pack": Expected(frozenset({"_pack_kernel"})),
     "permute": Expected(frozenset({"_count_kernel", "_place_kernel"})),
+    "policy": Expected(frozenset({"_samples_kernel", "_tokens_kernel", "_fold_kernel", "_gradient_kernel"})),
     "route": Expected(frozenset({"_forward_kernel", "_backward_kernel"})),
     "segment": Expected(frozenset({"_sum_kernel", "_spread_kernel"})),
 }

@@ -48,4 +48,4 @@ def record(directory: Path) -> list[Trajectory]:
 
 def samples(trajectories: list[Trajectory]) -> list[Sample]:
     """Good and bad ones."""
-    return [Sample(t, 1.0 if i % 2 else -0.5) for i, t in enumerate(trajectories)]
+    return [Sample(t, 1.0 if i % 2 else -0.5, i // 3) for i, t in enumerate(trajectories)]

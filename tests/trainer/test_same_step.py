@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pacenote.kernels import launch, pack_triton, route_triton, segment_triton
+from pacenote.kernels import launch, pack_triton, policy_triton, route_triton
 from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.kernels.spec import MISSING
@@ -45,8 +45,8 @@ LAUNCHERS = (
     (pack_triton, "pack"),
     (route_triton, "forward"),
     (route_triton, "backward"),
-    (segment_triton, "sums"),
-    (segment_triton, "spread"),
+    (policy_triton, "policy_loss"),
+    (policy_triton, "policy_gradient"),
 )
 CONFIG = PolicyConfig(entropy_coef=0.01, normalize="sequence")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from pacenote.kernels.policy import PolicyConfig
+from pacenote.kernels.policy_config import Normalize
 from pacenote.kernels.spec import MISSING, PROVENANCES, RECOMPUTED, REPLAY
 from pacenote.replay.audit import by_provenance, by_role, by_staleness, by_turn, flips, split, token_flips
 from pacenote.rollout.trajectory import Trajectory
@@ -185,16 +185,16 @@ def gradients(
         return 1.0
 
     backend.apply_gradients = capture  # type: ignore[method-assign]
-    said = update(backend, prepared, config, step=0)
+    said = update(backend, prepared, config, step=0, answer_tokens=LENGTH)
     assert said["tokens"] == sum(t.trained for t in trajectories)
     assert said["samples"] == COUNT
     kept.append(torch.tensor(said["loss"]))
     return kept
 
 
-@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("normalize", ["token", "sequence", "group", "constant"])
 def test_microbatching_changes_neither_gradient_nor_loss(
-    backend: HfBackend, trajectories: list[Trajectory], normalize: Literal["token", "sequence"]
+    backend: HfBackend, trajectories: list[Trajectory], normalize: Normalize
 ) -> None:
     uneven = [t.truncate(LENGTH - i % 5) for i, t in enumerate(trajectories)]
     config = PolicyConfig(entropy_coef=0.01, normalize=normalize)
