@@ -97,6 +97,16 @@ class Chats:
         await self.store.commit(session, pending, *answers, id=id, created=created)
         return completion
 
+    async def count(self, session_id: str, request: Mapping[str, Any]) -> int:
+        """Tokens of the prompt that `complete` would send now. Starts no session.
+
+        Raises:
+            SessionError: as `complete`, as far as no engine is asked.
+        """
+        known = self.store.find(session_id) or Session(session_id)
+        plan: _Plan = await self._off_loop(self._plan, known, request)
+        return plan.prompt.length
+
     def _plan(self, session: Session, request: Mapping[str, Any]) -> _Plan:
         """Parse, match, render. Reads the session, changes nothing."""
         messages = self.match.keyed(parse_messages(request.get("messages")))

@@ -122,6 +122,11 @@ class Front:
         data = await self._off_loop(_encode, session, superseded)
         return Response(data, media_type="application/octet-stream")
 
+    async def count(self, request: Request) -> Response:
+        """The prompt's tokens of a chat body, `{"prompt_tokens"}`; for the dialects that can be asked for it."""
+        body = await self._read(request)
+        return _json({"prompt_tokens": await self._chats.count(request.path_params["session_id"], body)})
+
     def busy(self) -> list[str]:
         """Ids of sessions with chats in flight."""
         return self._flights.sessions()

@@ -32,6 +32,7 @@ from pacenote.replay.errors import ReplayError
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config
 from pacenote.rollout import processes, serving
 from pacenote.rollout.auth import Guard, Keys, read_tokens
+from pacenote.rollout.dialects import Dialects
 from pacenote.rollout.errors import SessionError, StartupError
 from pacenote.rollout.front import Front, refuse, refuse_bug, refuse_path
 from pacenote.rollout.info import Info
@@ -156,6 +157,7 @@ def create_app(
         Route("/sessions/{session_id}", front.delete, methods=["DELETE"]),
         Route("/sessions/{session_id}/samples", front.samples, methods=["POST"]),
         Route("/sessions/{session_id}/v1/chat/completions", front.chat, methods=["POST"]),
+        *Dialects(front.chat, front.count, template.decode).routes(),
         *Info(config.served_model or config.model, store).routes(),
     ]
     handlers: Any = {SessionError: refuse, HTTPException: refuse_path, Exception: refuse_bug}

@@ -162,8 +162,8 @@ def test_an_answer_that_comes_in_parts(http: httpx.Client, behind: Upstream) -> 
 
 GENERATES = [
     "generate", "v1/completions", "V1/Completions", "v1/chat/completions/", "v1/chat/completions/x", "invocations",
-    "v1/responses", "v1/messages", "api/chat", "api/generate", "vertex_generate", "health_generate", "v1/batches",
-    "base/generate", "inference/v1/generate", "v1/audio/transcriptions", "v1/chat", "generate/",
+    "v1/responses/x", "v1/messages/batches", "api/chat", "api/generate", "vertex_generate", "health_generate",
+    "v1/batches", "base/generate", "inference/v1/generate", "v1/audio/transcriptions", "v1/chat", "generate/",
 ]  # fmt: skip
 CHANGES = [
     "flush_cache", "update_weights_from_disk", "update_weight_version", "abort_request", "pause_generation",

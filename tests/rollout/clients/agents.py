@@ -16,6 +16,7 @@ QUESTIONS = ("Roll a die.", "And again.")
 RESULT = "6"
 PATIENCE = 50  # turns after which the policy is taken to have no end
 KEY = "unused"
+BLOCKS = ("text", "thinking", "tool_use")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,7 @@ class Talk:
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """One answer: the client's message object, and what the agent needs of it."""
+    """One answer: the client's message object, or a list of its items, and what the agent needs of it."""
 
     message: Any
     text: str | None
@@ -50,21 +51,30 @@ Agent = Callable[[str, dict[str, int], Sequence[str]], Talk]
 """Takes a session's `/v1`, the `logit_bias`, and what its user says."""
 
 
-def _converse(questions: Sequence[str], ask: Callable[[list[Any]], Heard]) -> Talk:
+def _tool_messages(calls: Sequence[str]) -> list[Any]:
+    """The results of calls in OpenAI's shape."""
+    return [{"role": "tool", "tool_call_id": call, "content": RESULT} for call in calls]
+
+
+def _converse(
+    questions: Sequence[str],
+    ask: Callable[[list[Any]], Heard],
+    results: Callable[[Sequence[str]], list[Any]] = _tool_messages,
+) -> Talk:
     """The loop of clients that have none of their own, with OpenAI's dicts for the agent's messages."""
     talk, history = Talk(), list[Any]()
     for question in questions:
         history.append({"role": "user", "content": question})
         for _ in range(PATIENCE):
             heard = ask(history)
-            history.append(heard.message)
+            history += heard.message if isinstance(heard.message, list) else [heard.message]
             talk.thoughts.append(heard.thought)
             talk.usage.append(heard.usage)
             if not heard.calls:
                 talk.answers.append(heard.text or "")
                 break
             talk.calls += len(heard.calls)
-            history += [{"role": "tool", "tool_call_id": call, "content": RESULT} for call in heard.calls]
+            history += results(heard.calls)
     return talk
 
 
@@ -232,10 +242,99 @@ def pydantic_ai(url: str, bias: dict[str, int], questions: Sequence[str]) -> Tal
     return talk
 
 
+def _tool_results(calls: Sequence[str]) -> list[Any]:
+    """The results of calls in Anthropic's shape: one message."""
+    return [
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call, "content": RESULT} for call in calls]}
+    ]
+
+
+def _function_outputs(calls: Sequence[str]) -> list[Any]:
+    """The results of calls as items of Responses."""
+    return [{"type": "function_call_output", "call_id": call, "output": RESULT} for call in calls]
+
+
+def _anthropic(url: str, bias: dict[str, int], questions: Sequence[str], *, stream: bool) -> Talk:
+    import anthropic
+
+    function: Any = TOOL["function"]
+    tool = {name: function[name] for name in ("name", "description")} | {"input_schema": function["parameters"]}
+    options: dict[str, Any] = {"model": "m", "max_tokens": 64, "tools": [tool], "extra_body": {"logit_bias": bias}}
+
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key=KEY, max_retries=0) as client:
+
+        def ask(history: list[Any]) -> Heard:
+            if stream:
+                with client.messages.stream(messages=history, **options) as events:
+                    message = events.get_final_message()
+            else:
+                message = client.messages.create(messages=history, **options)
+            blocks = {kind: [block for block in message.content if block.type == kind] for kind in BLOCKS}
+            return Heard(
+                message={"role": "assistant", "content": message.content},
+                text="".join(block.text for block in blocks["text"]),
+                thought="".join(block.thinking for block in blocks["thinking"]) or None,
+                calls=[block.id for block in blocks["tool_use"]],
+                usage=(message.usage.input_tokens, message.usage.output_tokens),
+            )
+
+        return _converse(questions, ask, _tool_results)
+
+
+def anthropic_sync(url: str, bias: dict[str, int], questions: Sequence[str]) -> Talk:
+    """anthropic.Anthropic."""
+    return _anthropic(url, bias, questions, stream=False)
+
+
+def anthropic_stream(url: str, bias: dict[str, int], questions: Sequence[str]) -> Talk:
+    """anthropic.Anthropic's stream helper."""
+    return _anthropic(url, bias, questions, stream=True)
+
+
+def _responses(url: str, bias: dict[str, int], questions: Sequence[str], *, stream: bool) -> Talk:
+    import openai
+
+    tool = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+    options: Any = {"model": "m", "tools": [tool], "extra_body": {"logit_bias": bias}, "store": False}
+
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+
+        def ask(history: list[Any]) -> Heard:
+            if stream:
+                with client.responses.stream(input=history, **options) as events:
+                    response: Any = events.get_final_response()
+            else:
+                response = client.responses.create(input=history, **options)
+            thoughts = [part.text for item in response.output if item.type == "reasoning" for part in item.content]
+            return Heard(
+                message=[item.to_dict() for item in response.output] if stream else response.output,
+                text=response.output_text,
+                thought="".join(thoughts) or None,
+                calls=[item.call_id for item in response.output if item.type == "function_call"],
+                usage=(response.usage.input_tokens, response.usage.output_tokens),
+            )
+
+        return _converse(questions, ask, _function_outputs)
+
+
+def responses_sync(url: str, bias: dict[str, int], questions: Sequence[str]) -> Talk:
+    """openai.OpenAI's responses."""
+    return _responses(url, bias, questions, stream=False)
+
+
+def responses_stream(url: str, bias: dict[str, int], questions: Sequence[str]) -> Talk:
+    """openai.OpenAI's responses, streamed; items as plain dicts."""
+    return _responses(url, bias, questions, stream=True)
+
+
 AGENTS: dict[str, tuple[str, Agent, str]] = {
     "openai": ("openai", openai_sync, "BadRequestError"),
     "openai-async": ("openai", openai_async, "BadRequestError"),
     "openai-stream": ("openai", openai_stream, "BadRequestError"),
+    "openai-responses": ("openai", responses_sync, "BadRequestError"),
+    "openai-responses-stream": ("openai", responses_stream, "BadRequestError"),
+    "anthropic": ("anthropic", anthropic_sync, "BadRequestError"),
+    "anthropic-stream": ("anthropic", anthropic_stream, "BadRequestError"),
     "litellm": ("litellm", litellm_sync, "ContextWindowExceededError"),
     "litellm-stream": ("litellm", litellm_stream, "ContextWindowExceededError"),
     "aiohttp": ("aiohttp", aiohttp_raw, "ClientPayloadError"),
