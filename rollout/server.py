@@ -57,7 +57,9 @@ class SessionConfig:
     Attributes:
         model: directory with tokenizer and config.json, or a model's name in the local hub cache.
         upstream: base URL of an SGLang-compatible engine or gateway.
-        family: chat template family; "auto" goes by the tokenizer's special tokens.
+        family: chat template family; "auto" goes by the vocabulary and the template's text.
+        chat_template: a template file to use instead of the tokenizer's own.
+        trust_remote_code: run the code that some models bring for their tokenizer.
         served_model: the model's name upstream; None takes `model`.
         append_roles: roles that agents may append after a generated answer.
         routing_replay: ask for routed experts and keep them.
@@ -79,6 +81,8 @@ class SessionConfig:
     model: str
     upstream: str
     family: str = "auto"
+    chat_template: Path | None = None
+    trust_remote_code: bool = False
     served_model: str | None = None
     append_roles: frozenset[str] = frozenset({"tool"})
     routing_replay: bool = True
@@ -142,7 +146,13 @@ def create_app(
         StartupError: the model has no usable tokenizer, template or routing, or the journal or the function of
             `config.match` cannot be used.
     """
-    template = Template.load(config.model, family=config.family, append_roles=config.append_roles)
+    template = Template.load(
+        config.model,
+        family=config.family,
+        append_roles=config.append_roles,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+    )
     geometry = load_geometry(config.model) if config.routing_replay else None
     match = Match.load(config.match)
     keys = Keys(config.tokens) if config.auth == "tokens" else None
@@ -274,6 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="directory with tokenizer and config.json")
     add("--upstream", required=True, help="base URL of an SGLang-compatible engine or gateway")
     add("--family", default="auto", choices=["auto", *FAMILIES], help="chat template family")
+    add("--template", dest="chat_template", type=Path, metavar="FILE", help="a chat template instead of the model's own")
+    add("--trust-remote-code", action="store_true", help="run the tokenizer code that some models bring")
     add("--served-model", help="the model's name upstream; the value of --model if left out")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8100, help="port to listen on; 0 picks a free one")
