@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="directory with tokenizer and config.json")
     add("--upstream", required=True, help="base URL of an SGLang-compatible engine or gateway")
     add("--family", default="auto", choices=["auto", *FAMILIES], help="chat template family")
-    add("--template", dest="chat_template", type=Path, metavar="FILE", help="a chat template instead of the model's own")
+    add("--template", dest="chat_template", type=Path, metavar="FILE", help="a chat template instead of the model's")
     add("--trust-remote-code", action="store_true", help="run the tokenizer code that some models bring")
     add("--served-model", help="the model's name upstream; the value of --model if left out")
     add("--host", default="127.0.0.1", help="address to listen on")
