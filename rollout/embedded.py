@@ -64,6 +64,7 @@ def serve(config: EngineConfig) -> None:
             slots=config.max_running_requests,
             context_length=config.context_length,
             experts=config.experts_implementation,
+            exact=config.exact,
         )
         engine = Engine(runner, weight_version=config.weight_version, prefill_tokens=config.max_prefill_tokens)
         # Every torch call gives up the interpreter lock: waiting the usual 5 ms for it would stall a step of 200 calls.

@@ -36,6 +36,7 @@ class EngineConfig:
     weight_version: str = "default"
     experts_implementation: str = "auto"
     threads: int = 1
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_running_requests", "max_prefill_tokens", "threads"):
@@ -45,6 +46,11 @@ class EngineConfig:
             raise ValueError(f"expected context_length to be at least 2, got {self.context_length}")
         if not 0 <= self.random_seed < 2**63:
             raise ValueError(f"expected random_seed in [0, 2**63), got {self.random_seed}")
+        if self.exact and (self.device != "cpu" or self.experts_implementation not in ("auto", "eager")):
+            raise ValueError(
+                "expected device cpu and eager experts for exact logprobs, "
+                f"got {self.device} and {self.experts_implementation}"
+            )
 
 
 def parse_arguments(arguments: Sequence[str]) -> EngineConfig:
@@ -70,6 +76,7 @@ def parse_arguments(arguments: Sequence[str]) -> EngineConfig:
     add("--weight-version", default="default", help="version name of the first weights")
     add("--experts-implementation", choices=EXPERTS, default="auto", help="transformers' experts code")
     add("--threads", type=int, default=1, help="CPU threads of torch")
+    add("--exact", action="store_true", help="logprobs that do not depend on the batch, bit for bit; slower, CPU only")
     parsed = parser.parse_args(arguments)
     try:
         return EngineConfig(**vars(parsed))

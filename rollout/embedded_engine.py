@@ -13,11 +13,11 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pacenote.rollout.embedded_model import ModelError, Runner, read_config
+from pacenote.rollout.embedded_model import ModelError, Runner, Step, read_config
 from pacenote.rollout.embedded_request import Completion, Request, RequestError
 from pacenote.rollout.embedded_sampling import Draw, draw
 
@@ -210,22 +210,31 @@ class Engine:
         self._running.extend(requests)
         record = any(request.record_routes for request in requests)
         sequences = [request.prompt_ids + request.output_ids for request in requests]
-        logits, routes = self.runner.prefill(first, sequences, record=record)
-        for request, rows in zip(requests, routes, strict=False):
+        step = self.runner.prefill(first, sequences, record=record)
+        for request, rows in zip(requests, step.routes, strict=False):
             request.add_rows(rows, start=0)
-        self._accept(requests, draw(logits, requests))
+        self._accept(requests, self._draw(step, requests))
 
     def _decode(self) -> None:
         requests = list(self._running)
         positions = [request.length - 1 for request in requests]
-        logits, routes = self.runner.decode(
+        step = self.runner.decode(
             [request.output_ids[-1] for request in requests],
             positions,
             record=any(request.record_routes for request in requests),
         )
-        for request, rows, position in zip(requests, routes, positions, strict=False):
+        for request, rows, position in zip(requests, step.routes, positions, strict=False):
             request.add_rows(rows, start=position)
-        self._accept(requests, draw(logits, requests))
+        self._accept(requests, self._draw(step, requests))
+
+    def _draw(self, step: Step, requests: list[Request]) -> Draw:
+        """The next tokens; in an exact engine their logprobs are the trainer's, where nothing edits the logits."""
+        drawn = draw(step.logits, requests)
+        exact = self.runner.logprobs(step, drawn.tokens, [request.params.scale for request in requests])
+        if exact is None:
+            return drawn
+        pairs = zip(exact, drawn.logprobs, requests, strict=True)
+        return replace(drawn, logprobs=[own if request.params.edited else logprob for logprob, own, request in pairs])
 
     def _accept(self, requests: list[Request], drawn: Draw) -> None:
         """Append each request's token and end those that are done. `requests` are the last or all running ones."""

@@ -1,6 +1,6 @@
 """The model behind the embedded engine: loading, ragged prefill, one-token decode, routes, new weights in place.
 
-Legend: B rows, W padded prompt length (tokens), V vocabulary, L MoE layers, K experts a token.
+Legend: B rows, W padded prompt length (tokens), D hidden size, V vocabulary, L MoE layers, K experts a token.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from pacenote.replay.exact import Exact
 from pacenote.replay.hf import Replay, attach
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config
 from pacenote.rollout.slot_cache import SlotCache, decode_mask, prefill_mask
@@ -26,6 +28,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 class ModelError(ValueError):
     """A model directory that the engine cannot serve or load weights from, in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a forward pass gives.
+
+    Attributes:
+        logits: [B, V] of each row's last token.
+        routes: B routing rows [tokens, L, K] if they were recorded, else none.
+        hidden: [B, D] that the logits come from, if the engine is exact.
+    """
+
+    logits: torch.Tensor
+    routes: list[NDArray[Any]]
+    hidden: torch.Tensor | None = None
 
 
 class Runner:
@@ -39,6 +56,7 @@ class Runner:
         context_length: longest request in tokens; None takes the model's own limit.
         experts: experts implementation of transformers, or "auto": grouped_mm for prompts, batched_mm for single
             tokens on a CPU (measured fastest there), grouped_mm throughout on a GPU.
+        exact: compute in a form in which no number depends on the batch; see `replay.exact`.
 
     Raises:
         ModelError: no model there, not a mixture of experts, or layers that the slot cache does not know.
@@ -53,6 +71,7 @@ class Runner:
         slots: int = 64,
         context_length: int | None = None,
         experts: str = "auto",
+        exact: bool = False,
     ) -> None:
         fields = read_config(path)
         self.geometry = _geometry(fields, path)
@@ -70,55 +89,53 @@ class Runner:
         self.cache = SlotCache(num_layers=self.geometry.num_layers, slots=slots, max_len=self.context_length)
         self._replay = _attach(self.model, path)
         self._cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        self._experts = _experts_by_phase(experts, self.device.type)
+        self._exact = _exact(self.model, path) if exact else None
+        self._experts = ("eager", "eager") if exact else _experts_by_phase(experts, self.device.type)
         self._phase = -1
 
-    def prefill(
-        self, first: int, sequences: Sequence[Sequence[int]], *, record: bool
-    ) -> tuple[torch.Tensor, list[NDArray[Any]]]:
-        """Run B whole sequences into the slots first..first+B-1.
+    def prefill(self, first: int, sequences: Sequence[Sequence[int]], *, record: bool) -> Step:
+        """Run B whole sequences into the slots first..first+B-1; the step's rows are [a sequence's length, L, K].
 
-        Returns:
-            Logits [B, V] of each sequence's last token, and the sequences' routing rows, each [its length, L, K]
-            (an empty list without `record`). Padding never shows in either.
+        Padding never shows in the result.
         """
         lengths = [len(tokens) for tokens in sequences]
         rows, width = len(lengths), max(lengths)
         padded = np.zeros((rows, width), dtype=np.int64)
         for row, tokens in enumerate(sequences):
             padded[row, : lengths[row]] = tokens
-        ends, which = np.unique(np.asarray(lengths) - 1, return_inverse=True)
         self.cache.begin_prefill(first, width)
-        logits, routes = self._forward(
+        step = self._forward(
             torch.from_numpy(padded),
             torch.arange(width, device=self.device).expand(rows, width),
             prefill_mask(width, rows, dtype=self.dtype, device=self.device),
-            keep=torch.from_numpy(ends).to(self.device),
+            ends=np.asarray(lengths) - 1,
             phase=0,
             record=record,
         )
-        picked = logits[torch.arange(rows, device=self.device), torch.from_numpy(which).to(self.device)]
-        return picked, [] if routes is None else [routes[row, :length] for row, length in enumerate(lengths)]
+        return replace(step, routes=[rows[:length] for rows, length in zip(step.routes, lengths, strict=False)])
 
-    def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], *, record: bool
-    ) -> tuple[torch.Tensor, list[NDArray[Any]]]:
-        """Run one token a row at its position through the slots 0..B-1.
-
-        Returns:
-            Logits [B, V] and B routing rows [1, L, K] (an empty list without `record`).
-        """
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], *, record: bool) -> Step:
+        """Run one token a row at its position through the slots 0..B-1; the step's rows are [1, L, K]."""
         places = torch.tensor(positions, device=self.device)
         self.cache.begin_decode(places)
-        logits, routes = self._forward(
+        return self._forward(
             torch.tensor(tokens)[:, None],
             places[:, None],
             decode_mask(places, dtype=self.dtype),
-            keep=1,
+            ends=np.zeros(len(tokens), dtype=np.int64),
             phase=1,
             record=record,
         )
-        return logits[:, -1], [] if routes is None else list(routes)
+
+    def logprobs(self, step: Step, tokens: Sequence[int], temperatures: Sequence[float]) -> list[float] | None:
+        """The trainer's own logprobs of `tokens` [B] after an exact step; None if the engine is not exact."""
+        if self._exact is None or step.hidden is None:
+            return None
+        heat = torch.tensor(temperatures, device=self.device)
+        with torch.no_grad():
+            logprob, _ = self._exact.logprobs(step.hidden, torch.tensor(tokens, device=self.device), heat)
+        values: list[float] = logprob.tolist()
+        return values
 
     def _forward(
         self,
@@ -126,25 +143,43 @@ class Runner:
         positions: torch.Tensor,
         mask: torch.Tensor,
         *,
-        keep: int | torch.Tensor,
+        ends: NDArray[np.int64],
         phase: int,
         record: bool,
-    ) -> tuple[torch.Tensor, NDArray[Any] | None]:
+    ) -> Step:
+        """One step; `ends` [B] is the place in a row of the token whose logits are wanted."""
         if phase != self._phase:
             self._phase = phase
             self.model.set_experts_implementation(self._experts[phase])
-        arguments: dict[str, Any] = {self._cache_name: self.cache}
-        with torch.inference_mode(), self._replay.record() if record else contextlib.nullcontext() as recorded:
-            output = self.model(
-                input_ids=ids.to(self.device),
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=keep,
-                **arguments,
-            )
-            rows = None if recorded is None else _narrow(recorded.rows(), ids, self.geometry)
-        return output.logits, rows
+        arguments: dict[str, Any] = {
+            "input_ids": ids.to(self.device),
+            "position_ids": positions,
+            "attention_mask": mask,
+            "use_cache": True,
+            self._cache_name: self.cache,
+        }
+        # An exact step without inference_mode, under which every operation arrives whole and is taken apart in Python.
+        mode = torch.inference_mode() if self._exact is None else torch.no_grad()
+        with mode, self._replay.record() if record else contextlib.nullcontext() as recorded:
+            if self._exact is None:
+                logits, hidden = self._logits(arguments, ends), None
+            else:
+                hidden = self._hidden(self._exact, arguments, ends)
+                logits = self._exact.logits(hidden)
+            rows = [] if recorded is None else list(_narrow(recorded.rows(), ids, self.geometry))
+        return Step(logits, rows, hidden)
+
+    def _logits(self, arguments: dict[str, Any], ends: NDArray[np.int64]) -> torch.Tensor:
+        places, which = (torch.from_numpy(part).to(self.device) for part in np.unique(ends, return_inverse=True))
+        logits = self.model(**arguments, logits_to_keep=places).logits
+        picked: torch.Tensor = logits[torch.arange(len(ends), device=self.device), which]
+        return picked
+
+    def _hidden(self, exact: Exact, arguments: dict[str, Any], ends: NDArray[np.int64]) -> torch.Tensor:
+        with exact.forward():
+            hidden = self.model.base_model(**arguments).last_hidden_state
+        picked: torch.Tensor = hidden[torch.arange(len(ends), device=self.device), torch.from_numpy(ends)]
+        return picked
 
     def load_weights(self, path: Path) -> None:
         """Copy the weights saved in `path` over the present ones, all or none.
@@ -199,6 +234,13 @@ def _attach(model: torch.nn.Module, path: Path) -> Replay:
         return attach(model)
     except ValueError as error:
         raise ModelError(f"cannot record the routes of {path}: {str(error).splitlines()[0]}") from error
+
+
+def _exact(model: torch.nn.Module, path: Path) -> Exact:
+    try:
+        return Exact(model)
+    except ValueError as error:
+        raise ModelError(f"cannot serve {path} exactly: {error}") from error
 
 
 def _refuse_windows(fields: dict[str, Any], path: Path) -> None:

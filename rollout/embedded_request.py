@@ -88,6 +88,11 @@ class SamplingParams:
         return 1.0 if self.greedy else self.temperature
 
     @property
+    def edited(self) -> bool:
+        """True if the distribution that logprobs are of is not the model's own: tokens are biased or held back."""
+        return bool(self.logit_bias) or self.min_new_tokens > 0
+
+    @property
     def filtered(self) -> bool:
         """True if top-k, top-p or min-p cuts the distribution that is drawn from."""
         return self.top_k != -1 or self.top_p < 1.0 or self.min_p > 0.0

@@ -184,6 +184,7 @@ def engine_command(
     random_seed: int = 0,
     weight_version: str = "default",
     threads: int = 1,
+    exact: bool = False,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """The command line of an embedded engine; see `python -m pacenote.rollout.embedded --help`."""
@@ -201,7 +202,7 @@ def engine_command(
         "--weight-version": weight_version,
         "--threads": threads,
     }
-    return _command("pacenote.rollout.embedded", options, extra)
+    return _command("pacenote.rollout.embedded", options, [*(["--exact"] if exact else []), *extra])
 
 
 def sessions_command(

@@ -55,6 +55,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
+    @torch.inference_mode()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

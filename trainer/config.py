@@ -45,6 +45,9 @@ class RunConfig:
     """Run folder; none: runs/<recipe>-<time>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer runs."""
+    exact: bool = False
+    """Logprobs of engine and trainer equal to the last bit: on a CPU, both in float32, in a form in which no number
+    depends on the batch; slower. The engine's number format is then float32, whatever else is said."""
     threads: int | None = None
     """CPU threads of the trainer; none: torch's own choice."""
     normalize_std: bool = True
@@ -76,6 +79,8 @@ class RunConfig:
                 raise ValueError(f"--{name} expects at least {least}, got {value}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads expects at least 1, got {self.threads}")
+        if self.exact:
+            self._check_exact()
         if self.rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
         if self.loss.kl_coef:
@@ -84,6 +89,20 @@ class RunConfig:
             raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
         if self.optim.lr <= 0 or self.optim.grad_clip <= 0:
             raise ValueError("--optim.lr and --optim.grad-clip expect numbers above 0")
+
+    def _check_exact(self) -> None:
+        """What engine and trainer must share to be equal."""
+        if self.rollout.upstream is not None:
+            raise ValueError(
+                "--exact expects the embedded engine, got --rollout.upstream: another one computes otherwise"
+            )
+        if self.device == "cuda" or self.rollout.engine_device not in ("auto", "cpu"):
+            raise ValueError("--exact expects trainer and engine on the CPU: it is proven there only")
+        if self.threads != self.rollout.engine_threads:
+            raise ValueError(
+                f"--exact expects as many --threads as --rollout.engine-threads, got {self.threads} and "
+                f"{self.rollout.engine_threads}: matmuls sum in another order with another number"
+            )
 
 
 def dump(config: RunConfig) -> str:

@@ -47,16 +47,19 @@ def collapsed(rows: list[dict[str, Any]]) -> bool:
     return bool(recent) and max(recent) == 0.0
 
 
-def findings(rows: list[dict[str, Any]], replay: str) -> list[Finding]:
+def findings(rows: list[dict[str, Any]], replay: str, *, exact: bool = False) -> list[Finding]:
     """Sentences about a run.
 
     Args:
         rows: the rows of metrics.jsonl.
         replay: the run's replay mode.
+        exact: engine and trainer were to agree to the last bit.
     """
     if not rows:
         return [Finding("warning", "No step was finished.")]
     found = [_reward(rows)]
+    if exact:
+        return [*found, _exact(rows), *_warnings(rows, replay, exact=True)]
     if replay != "off":
         found.append(_gap(rows, replay))
     else:
@@ -100,18 +103,41 @@ def _gap(rows: list[dict[str, Any]], replay: str) -> Finding:
     )
 
 
+def _exact(rows: list[dict[str, Any]]) -> Finding:
+    """Whether engine and trainer agreed, with the trainer's own routing too."""
+    measured = [row for row in rows if row.get("tokens_trained")]
+    apart = max((_worst(row, "max_delta_logp", "max_delta_logp_native") for row in measured), default=math.nan)
+    flipped = max((_worst(row, "flipped") for row in measured), default=math.nan)
+    if apart == flipped == 0.0:
+        return Finding(
+            "measured",
+            f"Engine and trainer agreed to the last bit on all {total(rows, 'tokens_trained')} trained tokens, with"
+            " replay and without it, and the trainer chose the same experts for every token.",
+        )
+    return Finding(
+        "warning",
+        f"The run was to be exact, but logprobs of engine and trainer differ by up to {apart:.2g} and {flipped:.2%} of"
+        " (token, layer) pairs were routed differently: they do not share weights, number format, threads or machine.",
+    )
+
+
+def _worst(row: dict[str, Any], *names: str) -> float:
+    """The largest of columns; infinite where one is null, which is what a number that was not finite became."""
+    return max(math.inf if row.get(name) is None else row[name] for name in names)
+
+
 def _percent(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole > 0 else "no gap to compare"
 
 
-def _warnings(rows: list[dict[str, Any]], replay: str) -> list[Finding]:
+def _warnings(rows: list[dict[str, Any]], replay: str, *, exact: bool = False) -> list[Finding]:
     out = []
-    if collapsed(rows):
+    if not exact and collapsed(rows):
         out.append(
             f"Routing has collapsed: no token changed an expert in the last {min(RECENT, len(rows))} steps,"
             " so the figures with and without replay compare equal things."
         )
-    if replay == "rollout" and mean(rows, "abs_delta_logp") >= mean(rows, "abs_delta_logp_native"):
+    if replay == "rollout" and not exact and mean(rows, "abs_delta_logp") >= mean(rows, "abs_delta_logp_native"):
         out.append("Replay did not bring engine and trainer closer: check that routes and tokens are aligned.")
     if missing := total(rows, "rows_missing"):
         out.append(f"{missing} tokens had no row to replay and were routed freely.")

@@ -18,9 +18,12 @@ GRACE = 2.0  # seconds between an answer that failed and the process that is see
 class Fleet:
     """Starts the servers, gives the engine its weights, restarts it when it dies, stops what it started."""
 
-    def __init__(self, config: RolloutConfig, *, weights: Path, logs: Path, seed: int, device: str) -> None:
-        """Remember what to start (`device` is the trainer's); nothing runs before `start`."""
-        self.config, self.weights, self.logs, self.seed = config, weights, logs, seed
+    def __init__(
+        self, config: RolloutConfig, *, weights: Path, logs: Path, seed: int, device: str, exact: bool = False
+    ) -> None:
+        """Remember what to start (`device` is the trainer's, and so is the format of an `exact` engine's weights);
+        nothing runs before `start`."""
+        self.config, self.weights, self.logs, self.seed, self.exact = config, weights, logs, seed, exact
         self.device = device if config.engine_device == "auto" else config.engine_device
         self.serving: int | None = None
         self.restarts = 0
@@ -120,12 +123,13 @@ class Fleet:
         command = engine_command(
             model,
             port=port,
-            dtype=self.config.engine_dtype,
+            dtype="float32" if self.exact else self.config.engine_dtype,
             device=self.device,
             weight_version=str(version),
             threads=self.config.engine_threads,
             random_seed=self.seed,
             max_running_requests=min(self.config.concurrency, 128),
+            exact=self.exact,
         )
         return _start("the engine", command, port, self.logs / "engine.log")
 

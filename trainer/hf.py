@@ -15,6 +15,7 @@ from pacenote.kernels.logprob import linear_logprob
 from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.spec import Provenance
 from pacenote.replay.audit import Audit
+from pacenote.replay.exact import Exact
 from pacenote.replay.hf import attach
 from pacenote.replay.packing import check_packing
 from pacenote.trainer import model as models
@@ -54,12 +55,21 @@ RoutesFrom = Literal["native", "rollout"]
 class HfBackend:
     """A causal language model in training. State: weights, optimizer moments, and the hooks of the replay."""
 
-    def __init__(self, directory: Path, config: OptimConfig, *, device: str, temperature: float) -> None:
+    def __init__(
+        self, directory: Path, config: OptimConfig, *, device: str, temperature: float, exact: bool = False
+    ) -> None:
         """Load the model directory, attach the replay, make the optimizer.
+
+        Args:
+            directory: of the saved model.
+            config: of the optimizer.
+            device: where the model trains.
+            temperature: that the rollout samples at.
+            exact: compute logprobs in the form in which an exact engine does; see `replay.exact`.
 
         Raises:
             ValueError: the directory is not a saved mixture-of-experts model whose routers can be replayed, or the
-                model lets packed sequences see each other.
+                model lets packed sequences see each other, or is to be exact and cannot be.
         """
         self.config, self.device, self.temperature = config, device, temperature
         self.tokenizer_from = directory
@@ -67,6 +77,7 @@ class HfBackend:
         self.replay = attach(self.model)
         check_packing(self.replay, self.model)
         self.replay.audit(reset=True)  # the check's rows are nobody's
+        self.exact = Exact(self.model) if exact else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -80,6 +91,10 @@ class HfBackend:
 
         Must run inside `self.routed(routes)`, which a backward pass must not outlive.
         """
+        if self.exact is not None:
+            with self.exact.forward():
+                hidden = self.model.base_model(**batch.inputs).last_hidden_state
+            return self.exact.logprobs(hidden, batch.targets, self.temperature, batch.loss_mask)
         hidden = self.model.base_model(**batch.inputs).last_hidden_state
         head = self.model.get_output_embeddings()
         return linear_logprob(

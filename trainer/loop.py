@@ -40,7 +40,7 @@ def train(config: RunConfig) -> RunDir:
     device = pick_device(config)
     run = RunDir.create(config)
     model = config.model or build_tiny(run.root / "model", seed=config.seed, shape=config.tiny)
-    backend = HfBackend(model, config.optim, device=device, temperature=config.rollout.temperature)
+    backend = make_backend(config, model, device)
     return _run(config, run.begin(config), game, backend, first=0)
 
 
@@ -54,10 +54,21 @@ def resume(root: Path) -> RunDir:
     run, config = RunDir.open(root)
     game = Game.load(config)
     step, path = checkpoint.latest(run.checkpoints)
-    device, temperature = pick_device(config), config.rollout.temperature
-    backend = HfBackend(path / "model", config.optim, device=device, temperature=temperature)
+    backend = make_backend(config, path / "model", pick_device(config))
     checkpoint.restore(path, backend)
     return _run(config, run, game, backend, first=step)
+
+
+def make_backend(config: RunConfig, model: Path, device: str) -> HfBackend:
+    """The back end of a run, with the weights of a model directory.
+
+    Raises:
+        ValueError: as `HfBackend`.
+    """
+    if config.threads:  # before anything is computed: an exact back end tries itself out as it will run
+        torch.set_num_threads(config.threads)
+    temperature = config.rollout.temperature
+    return HfBackend(model, config.optim, device=device, temperature=temperature, exact=config.exact)
 
 
 def pick_device(config: RunConfig) -> str:
@@ -68,20 +79,27 @@ def pick_device(config: RunConfig) -> str:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() and not config.exact else "cpu"
 
 
 def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
     version = first
-    if config.threads:
-        torch.set_num_threads(config.threads)
     run.write_environment(device=backend.device, moe_layers=backend.replay.layers)
     backend.save_weights(sync.weights_path(run.weights, first))
     with ExitStack() as stack:
         stack.callback(backend.close)
         stop = stack.enter_context(Interrupt())
         fleet = stack.enter_context(
-            Fleet(config.rollout, weights=run.weights, logs=run.logs, seed=config.seed, device=backend.device)
+            Fleet(
+                config.rollout,
+                weights=run.weights,
+                logs=run.logs,
+                seed=config.seed,
+                device=backend.device,
+                exact=config.exact,
+            )
         )
         log = stack.enter_context(metrics.MetricsLog(run.metrics, first_step=first))
         display = stack.enter_context(Display(config, run))

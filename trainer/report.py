@@ -37,11 +37,11 @@ def summary(root: Path) -> list[findings.Finding]:
         ValueError: `root` is not a run folder.
     """
     run, config = RunDir.open(root)
-    return findings.findings(metrics.read(run.metrics), config.replay)
+    return findings.findings(metrics.read(run.metrics), config.replay, exact=config.exact)
 
 
 def _page(run: RunDir, config: RunConfig, rows: list[dict[str, Any]]) -> str:
-    title = f"{config.recipe} · replay {config.replay}"
+    title = f"{config.recipe} · replay {config.replay}{' · exact' if config.exact else ''}"
     body = [
         f"<h1>pacenote: {html.escape(title)}</h1>",
         f'<p class="sub">{html.escape(_subtitle(run, config, rows))}</p>',
@@ -82,7 +82,7 @@ def _tiles(rows: list[dict[str, Any]]) -> str:
 
 
 def _findings(rows: list[dict[str, Any]], config: RunConfig) -> str:
-    found = findings.findings(rows, config.replay)
+    found = findings.findings(rows, config.replay, exact=config.exact)
     return (
         '<ul class="findings">' + "".join(f'<li class="{f.kind}">{html.escape(f.text)}</li>' for f in found) + "</ul>"
     )
