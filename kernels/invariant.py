@@ -53,20 +53,27 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if bias is not None:
         check.tensor(bias, "bias", (weight.shape[0],), check.FLOATS, x.device)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 is ambiguous where D is 0
-    return _linear(flat, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    out: Tensor = _linear(flat, weight, bias)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] b[N, K]^T as [M, N] in float32 (float64 of such): each row by itself, in an order that K alone fixes."""
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """a [M, K] b[N, K]^T + bias [N], each row by itself, in an order that K alone fixes.
+
+    Returns:
+        [M, N] in `dtype`; None: in that of the sums, float32 (float64 of float64).
+    """
+    dtype = dtype or wide(a[:0]).dtype
     if launch.takes_triton(a):
         from pacenote.kernels import invariant_triton
 
-        return invariant_triton.product(a, b)
-    return tiled(a, wide(b).t())
+        return invariant_triton.product(a, b, bias, dtype)
+    out = tiled(a, wide(b).t())
+    return (out if bias is None else out + bias.to(out.dtype)).to(dtype)
 
 
 def add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a [T, M]^T b [T, N] to `total` [M, N] in float32 (float64 of such), token after token, in place.
+    """Add a [T, M]^T b [T, N] to `total` [M, N], contiguous, in float32 (float64 of such), token after token, in place.
 
     The tokens of two calls, of which the first has a multiple of the tile, give the bits that one call gives.
     """
@@ -78,6 +85,13 @@ def add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
         # A product of its own: with beta = 1 the library may or may not begin its sums at `total`.
         total += torch.mm(padded(a[rows : rows + TILE]).t(), padded(b[rows : rows + TILE]))
     return None
+
+
+def add_rows(total: Tensor, a: Tensor) -> None:
+    """Add the sum of the rows of a [T, M] to `total` [M] as `add_outer`."""
+    wider = total[:, None].repeat(1, 16)  # the narrowest that is multiplied
+    add_outer(wider, a, a.new_ones(len(a), 16))
+    total.copy_(wider[:, 0])
 
 
 def tiled(x: Tensor, matrix: Tensor) -> Tensor:
@@ -109,8 +123,7 @@ def padded(x: Tensor) -> Tensor:
 )
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[T, V] of x [T, D]."""
-    out = product(x, weight)
-    return (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
+    return product(x, weight, bias, x.dtype)
 
 
 @_linear.register_fake
@@ -128,16 +141,15 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients [T, D], [V, D], and [V] in float32; of what is not wanted, nothing in it."""
-    grad_x = product(grad, weight.t()).to(x.dtype) if want_x else x.new_empty(0)
+    grad_x = product(grad, weight.t(), dtype=x.dtype) if want_x else x.new_empty(0)
     grad_weight, grad_bias = (grad.new_empty(0) for _ in range(2))
     if want_weight:
-        total = torch.zeros_like(weight, dtype=wide(weight[:0]).dtype)
+        total = weight.new_zeros(weight.shape, dtype=wide(weight[:0]).dtype)
         add_outer(total, grad, x)
         grad_weight = total.to(weight.dtype)
     if want_bias:
-        total = grad.new_zeros(weight.shape[0], 1, dtype=wide(weight[:0]).dtype)
-        add_outer(total, grad, grad.new_ones(len(grad), 1))
-        grad_bias = total[:, 0].clone()
+        grad_bias = grad.new_zeros(weight.shape[0], dtype=wide(weight[:0]).dtype)
+        add_rows(grad_bias, grad)
     return grad_x, grad_weight, grad_bias
 
 

@@ -439,3 +439,86 @@ def logprob(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) 
     p = logp.exp()
     entropy = -torch.where(p > 0, p * logp.masked_fill(p == 0, 0.0), 0.0).sum(dim=1)
     return logp.gather(1, targets.long()[:, None])[:, 0], entropy
+
+
+def logprob_stats(z: Tensor, targets: Tensor) -> Tensor:
+    """What a part of the vocabulary says of its tokens, from their scaled logits z [C, V]; any number of parts add up.
+
+    Args:
+        z: [C, V] float32 or float64.
+        targets: [C] int64, each within [0, V), or negative where it is in another part.
+
+    Returns:
+        [C, 4] of that dtype: the largest z, sum exp(z - largest), sum (z - largest) exp(z - largest), z of the target.
+        Of a part without probability -inf, 0, 0; of a target elsewhere -inf.
+    """
+    top = z.amax(dim=1) if z.shape[1] else z.new_full((len(z),), float("-inf"))
+    away = z - torch.where(top == float("-inf"), 0.0, top)[:, None]
+    e = away.exp()
+    moment = torch.where(e == 0, 0.0, e * away).sum(dim=1)  # not 0 * -inf
+    chosen = torch.full_like(top, float("-inf"))
+    if z.shape[1]:
+        chosen = torch.where(targets < 0, chosen, z.gather(1, targets.clamp(min=0)[:, None])[:, 0])
+    return torch.stack((top, e.sum(dim=1), moment, chosen), dim=1)
+
+
+def logprob_fold(parts: Tensor) -> Tensor:
+    """`logprob_stats` [C, 4] of a vocabulary from those of its parts [P, C, 4], added up in their order."""
+    top, total, moment, chosen = parts[0].unbind(dim=1)
+    for part in parts[1:]:
+        other = part.unbind(dim=1)
+        both = torch.maximum(top, other[0])
+        shift = torch.where(both == float("-inf"), 0.0, both)
+        mine, theirs = (torch.where(x == float("-inf"), 0.0, x - shift) for x in (top, other[0]))
+        moment = (moment + mine * total) * mine.exp() + (other[2] + theirs * other[1]) * theirs.exp()
+        total = total * mine.exp() + other[1] * theirs.exp()
+        top, chosen = both, torch.maximum(chosen, other[3])
+    return torch.stack((top, total, moment, chosen), dim=1)
+
+
+def logprob_score(stats: Tensor, state: Tensor) -> Tensor:
+    """Logprob, entropy, largest scaled logit and log sum exp(z - largest), [C, 4], from `logprob_stats` [C, 4].
+
+    The two last are kept apart: their sum would round the log of the partition sum to an ulp of the largest logit. The
+    entropy is a sum of two numbers that are not negative, so nothing cancels.
+
+    Args:
+        stats: [C, 4] of the whole vocabulary.
+        state: [C] uint8: 0 ignored, whose score is 0; 1 to be scored; 2 wrong, whose score is NaN.
+    """
+    top, total, moment, chosen = stats.unbind(dim=1)
+    logsum = total.log()
+    score = torch.stack(((chosen - top) - logsum, logsum - moment / total, top, logsum), dim=1)
+    return torch.where(state[:, None] == 0, 0.0, torch.where(state[:, None] == 1, score, float("nan")))
+
+
+def logprob_slope(
+    z: Tensor, targets: Tensor, state: Tensor, score: Tensor, dlogprob: Tensor, dentropy: Tensor | None
+) -> Tensor:
+    """Gradient [C, V] of scaled logits z [C, V]; exactly 0 for ignored tokens, NaN for wrong ones.
+
+    With p = softmax(z), y the target, H the entropy:
+
+        d logprob / dz = onehot(y) - p        d H / dz = -p (log p + H)
+
+    Args:
+        z: [C, V] float32 or float64, of all the vocabulary or a part of it.
+        targets: [C] int64, negative where the target is in another part.
+        state: [C] uint8, as in `logprob_score`.
+        score: [C, 4], of the whole vocabulary.
+        dlogprob: [C].
+        dentropy: [C], or None for 0.
+    """
+    _, entropy, top, logsum = (column[:, None] for column in score.unbind(dim=1))
+    logp = (z - top) - logsum
+    p = logp.exp()
+    weight = dlogprob[:, None].to(z.dtype)
+    if dentropy is not None:
+        weight = weight + dentropy[:, None].to(z.dtype) * (logp + entropy)
+    slope = torch.where(p == 0, 0.0, -p * weight)
+    if z.shape[1]:
+        slope.scatter_add_(
+            1, targets.clamp(min=0)[:, None], torch.where(targets < 0, 0.0, dlogprob.to(z.dtype))[:, None]
+        )
+    slope = torch.where(state[:, None] == 1, slope, float("nan"))
+    return torch.where(state[:, None] == 0, 0.0, slope)

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from pacenote.kernels import pack_triton, permute_triton, policy_triton, route_triton, segment_triton
+from pacenote.kernels import (
+    invariant_triton,
+    logprob_tiles_triton,
+    logprob_triton,
+    pack_triton,
+    permute_triton,
+    policy_triton,
+    route_triton,
+    segment_triton,
+)
 from pacenote.kernels.policy_config import PolicyConfig
 from pacenote.kernels.reference_policy import PolicyInputs
 from pacenote.kernels.spec import RouterSpec
@@ -210,7 +219,64 @@ def _policy(config: PolicyConfig, floats: torch.dtype, ids: torch.dtype, whole: 
     policy_triton.policy_gradient(slopes, torch.ones(()), mask, segments, 0.1, floats, bonus)
 
 
+# --- invariant -------------------------------------------------------------------------------------------------------
+
+
+def invariant() -> Launches:
+    """Inputs of each width, all three products, results of both widths, with a bias and without, K of whole tiles."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens in (1, 33, 64):
+            yield f"{str(dtype)[6:]}-T{tokens}", partial(_invariant, dtype, tokens)
+
+
+def _invariant(dtype: torch.dtype, tokens: int) -> None:
+    """Launch the kernel on a layer and on its gradients."""
+    x, weight = torch.zeros(tokens, 64, dtype=dtype), torch.zeros(130, 64, dtype=dtype)
+    grad = torch.zeros(tokens, 130, dtype=dtype)
+    invariant_triton.product(x, weight, torch.zeros(130), torch.float32)
+    invariant_triton.product(grad, weight.t(), None, dtype)
+    invariant_triton.add_outer(torch.zeros(130, 64), grad, x)
+    invariant_triton.add_outer(torch.zeros(130, 16), grad, torch.zeros(tokens, 16, dtype=dtype))
+
+
+# --- logprob ---------------------------------------------------------------------------------------------------------
+
+
+def logprob() -> Launches:
+    """Logits and results of each width, each kind of temperature, with and without bias, entropy, parts and state."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    table: list[tuple[str, torch.dtype, torch.dtype, int, bool, bool]] = [
+        # name, inputs, bias, size of the temperature's shape or none, entropy, state
+        ("plain", bf16, f32, -1, False, True),
+        ("token-heat", bf16, bf16, 1, True, True),
+        ("one-heat", f16, f16, 0, True, False),
+        ("wide", f32, f32, 1, True, True),
+        ("wide-plain", f32, f32, -1, False, False),
+    ]
+    for name, dtype, bias, heat, entropy, state in table:
+        for tokens in (1, 33) if name == "plain" else (33,):
+            yield f"{name}-T{tokens}", partial(_logprob, tokens, dtype, bias, heat, entropy, state)
+
+
+def _logprob(tokens: int, dtype: torch.dtype, bias_dtype: torch.dtype, heat: int, entropy: bool, state: bool) -> None:
+    """Launch all kernels: logits as given, and float32 as they come from a product, whose gradient is narrower."""
+    degrees = None if heat < 0 else torch.ones([tokens] if heat else [])
+    bias = torch.zeros(4160, dtype=bias_dtype) if heat >= 0 else None
+    targets, states = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens, dtype=torch.uint8)
+    hidden, weight = torch.zeros(tokens, 64, dtype=dtype), torch.zeros(4160, 64, dtype=dtype)
+    dlogprob, dentropy = torch.zeros(tokens), torch.zeros(tokens) if entropy else None
+    parts = logprob_tiles_triton.stats(hidden, weight, bias, degrees, targets)
+    score = logprob_triton.score(parts, states if state else None)
+    for given in {dtype, torch.float32}:
+        logits = torch.zeros(tokens, 4160, dtype=given)
+        logprob_triton.stats(logits, bias, degrees, targets)
+        out = torch.zeros(tokens, 4160, dtype=dtype)
+        logprob_triton.slope(logits, bias, degrees, targets, states, score, dlogprob, dentropy, out)
+
+
 WORKLOADS: dict[str, Callable[[], Launches]] = {
+    "invariant": invariant,
+    "logprob": logprob,
     "pack": pack,
     "permute": permute,
     "policy": policy,

@@ -56,8 +56,10 @@ def values(device: torch.device) -> None:
 
             ours, usual, exact = both_ways(x, weight, bias, grad), plain(dtype), plain(torch.float64)
             assert [o.dtype for o in ours] == [dtype] * len(ours)
-            for name, *three in zip(("result", "dx", "dweight", "dbias"), ours, usual, exact, strict=False):
-                no_worse(f"{name} of {[tokens, dim, outputs]}", *three, dtype)
+            for name, mine, other, exactly in zip(
+                ("result", "dx", "dweight", "dbias"), ours, usual, exact, strict=False
+            ):
+                no_worse(f"{name} of {[tokens, dim, outputs]}", mine, other, exactly, dtype)
 
 
 @named
@@ -68,7 +70,7 @@ def rows_alone(device: torch.device) -> None:
         bias, grad = normal(140, seed=2, device=device), normal(70, 140, seed=3, dtype=dtype, device=device)
         whole = both_ways(x, weight, bias, grad)[:2]
         order = torch.randperm(70, generator=torch.Generator().manual_seed(4)).to(device)
-        parts = [slice(0, 1), slice(69, 70), slice(3, 36), slice(31, 48), order]
+        parts: list[slice | Tensor] = [slice(0, 1), slice(69, 70), slice(3, 36), slice(31, 48), order]
         for part in parts:
             alone = both_ways(x[part], weight, bias, grad[part])[:2]
             for name, got, all_rows in zip(("result", "dx"), alone, whole, strict=True):
@@ -93,18 +95,19 @@ def tokens_in_order(device: torch.device) -> None:
 
 @named
 def strides(device: torch.device) -> None:
-    """Views of inputs, of the weight and of the gradient give what their copies give."""
-    x, weight = normal(20, 3, 40, device=device)[:, 1], normal(40, 70, seed=1, device=device).t()
-    grad = normal(70, 20, seed=2, device=device).t()
-    for got, wanted in zip(
-        both_ways(x, weight, None, grad),
-        both_ways(x.contiguous(), weight.contiguous(), None, grad.contiguous()),
-        strict=True,
-    ):
-        assert torch.equal(got, wanted)
+    """Views of inputs and gradients give the bits of their copies; a weight of another layout gives close numbers."""
+    x, weight = normal(20, 3, 40, device=device)[:, 1], normal(70, 40, seed=1, device=device)
+    columns = normal(40, 20, seed=2, device=device).t()
+    grad = normal(70, 20, seed=3, device=device).t()
     one = normal(1, 20, device=device).sum().expand(20, 70)  # what sum().backward() gives: strides of 0
-    for got, wanted in zip(both_ways(x, weight, None, one), both_ways(x, weight, None, one.contiguous()), strict=True):
-        assert torch.equal(got, wanted)
+    turned = weight.t().contiguous().t()
+    for given, slope in ((x, grad), (x, one), (columns, grad)):
+        wanted = both_ways(given.contiguous(), weight, None, slope.contiguous())
+        for got, want in zip(both_ways(given, weight, None, slope), wanted, strict=True):
+            assert torch.equal(got, want)
+        for got, want in zip(both_ways(given, turned, None, slope), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+    assert torch.equal(invariant_linear(x, turned)[:1], invariant_linear(x[:1], turned))
 
 
 @named

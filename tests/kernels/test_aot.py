@@ -39,6 +39,8 @@ class Expected:
 
 
 EXPECTED = {
+    "invariant": Expected(frozenset({"_product_kernel"})),
+    "logprob": Expected(frozenset({"_split_kernel", "_stats_kernel", "_score_kernel", "_slope_kernel"})),
     "pack": Expected(frozenset({"_pack_kernel"})),
     "permute": Expected(frozenset({"_count_kernel", "_place_kernel"})),
     "policy": Expected(frozenset({"_samples_kernel", "_tokens_kernel", "_fold_kernel", "_gradient_kernel"})),

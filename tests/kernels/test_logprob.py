@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacenote.kernels import reference
+from pacenote.kernels import launch, reference
 from pacenote.kernels.logprob import linear_logprob, logprob_from_logits
+from pacenote.kernels.logprob_chunks import LogprobChunks, chunk_size
+from pacenote.kernels.logprob_head import Mode
 
 NAN, INF, IGNORE = float("nan"), float("inf"), -100
 CASES = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -127,7 +129,10 @@ def test_everything_at_once(case: dict[str, Any], device: torch.device) -> None:
         assert not got_grads[1][bound:].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": 2}, {"temperature": 0.6, "vocab_bound": 6}, {"ignore_index": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk": 2}, {"temperature": 0.6, "vocab_bound": 6}, {"ignore_index": 3}, {"mode": "invariant", "chunk": 2}],
+)
 def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
     targets = torch.tensor([1, 5, 3, 0, 3], device=device)
     hidden, weight, bias, logits = (normal(*s, device=device).requires_grad_() for s in ((5, 4), (7, 4), (7,), (5, 7)))
@@ -136,6 +141,7 @@ def test_gradcheck(options: dict[str, Any], device: torch.device) -> None:
         return linear_logprob(h, w, targets, bias=b, **options)
 
     assert torch.autograd.gradcheck(linear, (hidden, weight, bias))
+    options = {name: value for name, value in options.items() if name != "mode"}
     assert torch.autograd.gradcheck(lambda z: logprob_from_logits(z, targets, **options), (logits,))
 
 
@@ -313,7 +319,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.is_floating_point():  # the interpreter moves storages as bytes
                 self.largest = max(self.largest, value.numel())
                 if value.numel() >= self.big:
                     self.made.append(weakref.ref(value))
@@ -325,23 +331,78 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(ref() is not None for ref in self.made)
 
 
+@pytest.mark.parametrize("mode", ["chunked", "invariant"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_no_logits_beyond_a_chunk(dtype: torch.dtype, device: torch.device) -> None:
-    tokens, vocab, chunk = 256, 400, 16
+def test_no_logits_beyond_a_chunk(dtype: torch.dtype, mode: Mode, device: torch.device) -> None:
+    tokens, vocab, chunk = 96, 400, 16
     hidden, weight = (normal(*s, device=device, dtype=dtype).requires_grad_() for s in ((tokens, 4), (vocab, 4)))
     mask = torch.zeros(tokens, dtype=torch.bool, device=device)
     mask[::2] = True
     with Watch(chunk * vocab) as watch:
         logprob, entropy = linear_logprob(
-            hidden, weight, torch.zeros(tokens, dtype=torch.int64, device=device), chunk=chunk, mask=mask
+            hidden, weight, torch.zeros(tokens, dtype=torch.int64, device=device), chunk=chunk, mask=mask, mode=mode
         )
-        assert watch.made
+        fused = mode == "invariant" and launch.takes_triton(hidden)
+        assert bool(watch.made) != fused, "logits of invariant tiles stay in the kernel"
         assert watch.alive() == 0, "logits are kept for the backward pass"
-        if not hidden.is_cuda:
+        if not (hidden.is_cuda or fused):
             assert watch.projected == tokens // 2, "only rows that are trained need logits"
         torch.autograd.backward(logprob.sum() + entropy.sum())
     assert watch.largest == chunk * vocab
     assert watch.alive() == 0
+
+
+@pytest.mark.parametrize("mode", ["chunked", "invariant"])
+def test_gradients_at_once_keep_no_logits(mode: Mode, device: torch.device) -> None:
+    """Neither of an earlier chunk nor of all tokens, in one pass that has the gradients at its end."""
+    tokens, vocab, chunk = 64, 400, 16
+    hidden, weight = (normal(*s, device=device, dtype=torch.float32) for s in ((tokens, 4), (vocab, 4)))
+    ones = torch.ones(chunk, device=device)
+    with Watch(chunk * vocab) as watch:
+        run = LogprobChunks.of(
+            hidden, weight, torch.zeros(tokens, dtype=torch.int64, device=device), chunk=chunk, mode=mode
+        )
+        for turn, piece in enumerate(run):
+            assert watch.alive() <= 1, "logits of the chunk before"
+            piece.backward(ones, ones)
+            assert watch.alive() == 0
+            assert turn < tokens // chunk
+        grads = run.gradients()
+    assert watch.largest == chunk * vocab
+    assert all(g is not None and g.isfinite().all() for g in grads[:2])
+
+
+def test_a_chunk_gives_gradients_once_and_in_its_turn(device: torch.device) -> None:
+    hidden, weight = (normal(*s, device=device, dtype=torch.float32) for s in ((4, 3), (5, 3)))
+    earlier = None
+    run = LogprobChunks.of(hidden, weight, torch.zeros(4, dtype=torch.int64, device=device), chunk=2)
+    for piece in run:
+        if earlier is not None:
+            with pytest.raises(RuntimeError, match="expected backward once, before the next chunk"):
+                earlier.backward(torch.ones(2, device=device))
+        piece.backward(torch.ones(2, device=device))
+        with pytest.raises(RuntimeError, match="expected backward once"):
+            piece.backward(torch.ones(2, device=device))
+        earlier = piece
+    assert torch.equal(
+        run.gradients()[1],  # type: ignore[arg-type]
+        torch.autograd.grad(
+            linear_logprob(hidden, w := weight.clone().requires_grad_(), torch.zeros(4).long().to(device), chunk=2)[
+                0
+            ].sum(),
+            w,
+        )[0],
+    )
+
+
+def test_default_chunks() -> None:
+    """As many tokens as their logits' room allows, in whole tiles of 128 if there are so many; at least one."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert chunk_size(None, 151_936, cpu) == 128
+    assert chunk_size(None, 300_000, cpu) == 111
+    assert chunk_size(None, 151_936, gpu) == 768
+    assert chunk_size(None, 10**9, cpu) == 1
+    assert chunk_size(7, 151_936, gpu) == 7
 
 
 def test_copies_of_given_logits_are_of_one_chunk(device: torch.device) -> None:
