@@ -93,8 +93,10 @@ class Exact:
         Engine and trainer both ask here: the same numbers then come from the same operations.
         """
         head = self._model.get_output_embeddings()
-        with self.forward():
-            return linear_logprob(hidden, head.weight, targets, temperature=temperature, bias=head.bias, mask=mask)
+        self.operations.setdefault("linear_logprob", "one op")
+        return linear_logprob(
+            hidden, head.weight, targets, temperature=temperature, bias=head.bias, mask=mask, mode="invariant"
+        )
 
     def detach(self) -> None:
         """Give the model its own attention and experts code back."""
