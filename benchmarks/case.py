@@ -61,6 +61,7 @@ class Case(Generic[Inputs]):
         make: inputs from a seed.
         check: raises AssertionError if inputs do not give such a result.
         implementations: by name, OURS first.
+        errors: what a row says of a result's errors.
     """
 
     model: str
@@ -71,3 +72,4 @@ class Case(Generic[Inputs]):
     make: Callable[[int], Inputs]
     check: Callable[[Inputs, Any], None]
     implementations: Mapping[str, Implementation[Inputs] | Absent]
+    errors: Callable[[Inputs, Any], Mapping[str, float]] = lambda inputs, result: {}

@@ -80,7 +80,9 @@ class Bench:
         """Check and time; the columns of the row."""
         calls = [implementation.bind(one) for one in inputs]
         verify = partial(case.check, inputs[0])
-        verify(calls[0]())
+        verify(result := calls[0]())
+        errors = case.errors(inputs[0], result)
+        del result
         before, during = self._sensors.read(), list[Reading]()
         timed = timing.time_calls(
             calls,
@@ -91,7 +93,7 @@ class Bench:
             verify=verify,
         )
         columns_of = against(case.floor, timed.median_us, self._rates)
-        return {**asdict(timed), **columns_of, **columns(before, during), "note": implementation.note}
+        return {**asdict(timed), **columns_of, **errors, **columns(before, during), "note": implementation.note}
 
 
 def against(floor: Floor, median_us: float, rates: Ceilings | None) -> dict[str, Any]:

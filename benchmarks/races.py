@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, pack, permute, route
+from benchmarks import logprob, machine, pack, permute, route
 from benchmarks.case import OURS, Implementation
 from benchmarks.harness import Cases, Setting
 from benchmarks.models import MODELS
@@ -33,6 +33,7 @@ SECONDS = 2.0
 GPU_TOKENS = 32767
 """No multiple of a block; nor of 16, for which Triton would compile every kernel again that the tests have compiled."""
 PARTS: dict[str, tuple[Cases, Callable[[Any], Sequence[Tensor]]]] = {
+    "logprob": (logprob.cases, logprob.parts_of),
     "permute": (permute.cases, permute.parts_of),
     "pack": (pack.cases, pack.fields),
 }

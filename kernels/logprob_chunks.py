@@ -191,7 +191,7 @@ class LogprobChunk:
                 head.add_grad_bias(chunks._grad_bias, slope)
 
     def close(self) -> None:
-        """Let the logits go."""
+        """Let the logits go; nothing is left of a chunk but its results."""
         self._logits, self._open = None, False
 
 
@@ -224,7 +224,7 @@ def flattened(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def scores(chunks: LogprobChunks) -> Tensor:
-    """[n, 4] of all chunks, whose logits are let go one after another."""
+    """`reference.logprob_score` [T, 4] of all T tokens of the chunks, whose logits are let go one after another."""
     rows = chunks.rows
     kind = wide(chunks._hidden[:0]).dtype
     score = torch.empty((len(rows.targets), 4), dtype=kind, device=rows.targets.device)

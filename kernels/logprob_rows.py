@@ -88,7 +88,7 @@ class Rows:
             into.index_copy_(0, self.picked[part], values)
 
     def place(self, values: Tensor) -> Tensor:
-        """[n] back among all, zeros elsewhere, in the shape of the targets."""
+        """Results [C] of all tokens that were picked, back among zeros in the shape of the targets [...]."""
         if self.picked is None:
             return values.reshape(self.shape)
         full = values.new_zeros(self.shape.numel())

@@ -64,7 +64,7 @@ def _split_kernel(
     chosen = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     moment = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(split * SPLIT, min(V, (split + 1) * SPLIT), BLOCK_N):
+    for first in range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc = add_tile(acc, hidden, weight, m, n, C, V, D, hidden_c, hidden_d, weight_v, weight_d, BLOCK_K, EVEN, WIDEN)

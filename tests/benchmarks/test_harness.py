@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, pack, peers, permute, plot, policy, route
+from benchmarks import harness, logprob, pack, peers, permute, plot, policy, route
 from benchmarks.case import OURS, Absent, Case, Floor, Implementation
 from benchmarks.harness import Cases, Setting
 from benchmarks.machine import Ceilings
 from benchmarks.models import MODELS
+from pacenote.kernels.logprob import linear_logprob
 
 CPU = torch.device("cpu")
-BENCHMARKS: dict[str, Cases] = {"route": route.cases, "permute": permute.cases, "pack": pack.cases}
+BENCHMARKS: dict[str, Cases] = {
+    "route": route.cases,
+    "permute": permute.cases,
+    "pack": pack.cases,
+    "logprob": logprob.cases,
+}
 TINY = ["--tokens", "8", "24", "--models", "glm-4.7-flash", "kimi-k2", "--repeats", "1"]
 
 
@@ -178,6 +185,21 @@ def test_a_tie_is_broken_as_one_likes() -> None:
     inputs.logits[:, 100:] = 1.0
     weights = torch.full((16, 8), 1 / 8, dtype=torch.bfloat16)
     route.check_choice(inputs, weights, torch.arange(120, 128).repeat(16, 1))
+
+
+def test_logprob_check_sees_what_is_wrong() -> None:
+    inputs = logprob.make(16, 50, 6, CPU, 0)
+    for ours in (logprob.train(linear_logprob), logprob.train(logprob.chunked)):
+        right = ours.bind(inputs)()
+        logprob.check(inputs, right)
+        found = logprob.errors(inputs, right)
+        assert set(found) == {"logprob_error", "entropy_error", "dhidden_error"}
+        assert all(0 <= error < 0.05 for error in found.values()), found
+    logprob.check(inputs, logprob.at_once(inputs))
+    for name in ("logprob", "entropy", "dhidden"):
+        wrong = replace(right, **{name: getattr(right, name) + 1})
+        with pytest.raises(AssertionError, match=f"{name}_error is"):
+            logprob.check(inputs, wrong)
 
 
 def test_permute_check_sees_what_is_wrong() -> None:

@@ -381,8 +381,8 @@ def parts(device: torch.device) -> None:
     bias, heat = normal(40, seed=1, device=device), torch.full((), 0.5, device=device)
     with_bias = logprob_ops.stats(rows[:, 10:20], bias[10:20], heat, torch.full((7,), -1, device=device))
     none = logprob_ops.stats(rows[:, :0], bias[:0], heat, torch.full((7,), -1, device=device))
-    inner = reference.logprob_stats(((rows + bias) / heat)[:, 10:20].double(), torch.full((7,), -1, device=device))
-    torch.testing.assert_close(with_bias.double(), inner, rtol=1e-5, atol=1e-5)
+    one_part = reference.logprob_stats(((rows + bias) / heat)[:, 10:20].double(), torch.full((7,), -1, device=device))
+    torch.testing.assert_close(with_bias.double(), one_part, rtol=1e-5, atol=1e-5)
     assert none.tolist() == [[-INF, 0.0, 0.0, -INF]] * 7, "a rank that holds padding alone"
     many = torch.stack(found[:2])[:, :1].expand(2, 300, 4)  # more rows than a program takes
     assert torch.equal(logprob_ops.fold(many), logprob_ops.fold(many[:, :1].contiguous()).expand(300, 4))

@@ -171,8 +171,13 @@ MUTANTS = (
         "z = tl.where(there, z, 0.0)",
         "tiles",
     ),
-    Mutant("splits overlap", "min(V, (split + 1) * SPLIT)", "V", "tiles"),
-    Mutant("splits end early", "min(V, (split + 1) * SPLIT)", "min(V, (split + 1) * SPLIT) - BLOCK_N", "tiles"),
+    Mutant("splits overlap", "tl.minimum(V, (split + 1) * SPLIT)", "V", "tiles"),
+    Mutant(
+        "splits end early",
+        "tl.minimum(V, (split + 1) * SPLIT)",
+        "tl.minimum(V, (split + 1) * SPLIT) - BLOCK_N",
+        "tiles",
+    ),
     Mutant("tiles forget each other", "total = total * kept + tl.sum(e, axis=1)", "total = tl.sum(e, axis=1)", "tiles"),
     Mutant(
         "tiles' moments are not moved",
