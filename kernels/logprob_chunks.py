@@ -57,8 +57,7 @@ class LogprobChunks:
         self.rows, self._hidden, self._head, self._size, self._score = rows, hidden, head, size, score
         kind = wide(hidden[:0]).dtype
         want_hidden, want_weight, want_bias = want
-        whole = rows.picked is None
-        self._grad_hidden = (torch.empty_like if whole else torch.zeros_like)(hidden) if want_hidden else None
+        self._grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         self._grad_weight = head.weight.new_zeros(head.weight.shape, dtype=kind) if want_weight else None
         self._grad_bias = (
             head.bias.new_zeros(len(head.bias), dtype=kind) if want_bias and head.bias is not None else None
@@ -82,7 +81,7 @@ class LogprobChunks:
         group: dist.ProcessGroup | None = None,
         want: tuple[bool, bool, bool] = (True, True, True),
     ) -> LogprobChunks:
-        """Arguments as `linear_logprob`, hidden [..., D]; `chunked` and `invariant` only.
+        """Arguments as `linear_logprob`, hidden [..., D]; `chunked` and `invariant` only. No graph is made of them.
 
         Args:
             hidden: [..., D].
@@ -102,8 +101,9 @@ class LogprobChunks:
         Raises:
             ValueError: as `linear_logprob`.
         """
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         head = Head.of(weight, bias, vocab_bound, mode, group, hidden.device)
-        flat = flattened(hidden, weight, targets)
+        flat = flattened(hidden.detach(), weight, targets)
         rows = Rows.of(targets, temperature, ignore_index, head.vocabulary.whole, hidden, mask=mask, picked=picked)
         return cls(flat, rows, head, chunk_size(chunk, len(weight), hidden.device), want=want)
 
@@ -116,7 +116,7 @@ class LogprobChunks:
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden states [T, D], weight [V, D] and bias [V] in their dtypes, None where not wanted.
 
-        Chunks without a `backward` leave those of their hidden states unset.
+        A chunk without a `backward` has no part in them.
         """
         weight, bias = self._grad_weight, self._grad_bias
         return (

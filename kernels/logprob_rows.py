@@ -113,7 +113,7 @@ def _heat(
             raise ValueError(f"expected a temperature above 0, got {temperature}")
         return None if temperature == 1 else torch.full((), float(temperature), dtype=kind, device=live.device)
     check.tensor(temperature, "temperature", tuple(targets.shape), check.FLOATS, live.device)
-    heat = temperature.to(kind).reshape(-1)
+    heat = temperature.detach().to(kind).reshape(-1)
     heat = torch.where(live, heat if picked is None else heat[picked], 1.0)
     if live.device.type == "cpu" and not bool((heat > 0).all()):
         raise ValueError(f"expected temperatures above 0, got {float(heat[~(heat > 0)][0])}")

@@ -384,15 +384,29 @@ def test_a_chunk_gives_gradients_once_and_in_its_turn(device: torch.device) -> N
         with pytest.raises(RuntimeError, match="expected backward once"):
             piece.backward(torch.ones(2, device=device))
         earlier = piece
-    assert torch.equal(
-        run.gradients()[1],  # type: ignore[arg-type]
-        torch.autograd.grad(
-            linear_logprob(hidden, w := weight.clone().requires_grad_(), torch.zeros(4).long().to(device), chunk=2)[
-                0
-            ].sum(),
-            w,
-        )[0],
-    )
+    leaf = weight.clone().requires_grad_()
+    logprob, _ = linear_logprob(hidden, leaf, torch.zeros(4, dtype=torch.int64, device=device), chunk=2)
+    dweight = run.gradients()[1]
+    assert dweight is not None
+    assert torch.equal(dweight, torch.autograd.grad(logprob.sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("mode", ["chunked", "invariant"])
+def test_gradients_at_once_of_parameters_and_of_some_chunks(mode: Mode, device: torch.device) -> None:
+    """Leaves of a graph are taken as they are; a chunk that is not asked for gradients adds none."""
+    hidden, weight = (normal(*s, device=device, dtype=torch.float32).requires_grad_() for s in ((4, 3), (5, 3)))
+    targets, heat = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device).requires_grad_()
+    run = LogprobChunks.of(hidden, weight, targets, temperature=heat, chunk=2, mode=mode)
+    for turn, piece in enumerate(run):
+        assert not piece.logprob.requires_grad
+        if turn:
+            piece.backward(torch.ones(2, device=device))
+    logprob, _ = linear_logprob(hidden[2:], weight, targets[2:], mode=mode)
+    wanted = torch.autograd.grad(logprob.sum(), (hidden, weight))
+    for got, want in zip(run.gradients(), wanted, strict=False):
+        assert got is not None
+        torch.testing.assert_close(got, want)
+    assert not wanted[0][:2].any()
 
 
 def test_default_chunks() -> None:

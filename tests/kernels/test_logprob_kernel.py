@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from pacenote.kernels import logprob_ops
+from pacenote.kernels.logprob import linear_logprob
+from pacenote.kernels.logprob_chunks import LogprobChunks
 from tests.kernels.logprob_checks import CHECKS, ids, normal
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),  # the interpreter's, of a row of NaN
+]
 OPS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -40,3 +45,13 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
                 torch.zeros_like(logits),
             )
             torch.library.opcheck(torch.ops.pacenote.logprob_slope.default, args, test_utils=OPS)
+
+
+def test_refuses(device: torch.device) -> None:
+    hidden, weight, targets = normal(4, 3, device=device), normal(5, 3, device=device), ids(4, 5, device)
+    with pytest.raises(ValueError, match="expected mode 'chunked', 'invariant' or 'liger', got 'other'"):
+        linear_logprob(hidden, weight, targets, mode="other")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected mode .*got 'liger'"):
+        LogprobChunks.of(hidden, weight, targets, mode="liger")
+    with pytest.raises(ValueError, match=r"expected picked \[any\] of int64, got \[4\] of bool"):
+        LogprobChunks.of(hidden, weight, targets, picked=targets > 0)
