@@ -51,7 +51,7 @@ def test_refuses(device: torch.device) -> None:
     hidden, weight, targets = normal(4, 3, device=device), normal(5, 3, device=device), ids(4, 5, device)
     with pytest.raises(ValueError, match="expected mode 'chunked', 'invariant' or 'liger', got 'other'"):
         linear_logprob(hidden, weight, targets, mode="other")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected mode .*got 'liger'"):
+    with pytest.raises(ValueError, match=r"expected mode .*got 'liger'"):
         LogprobChunks.of(hidden, weight, targets, mode="liger")
     with pytest.raises(ValueError, match=r"expected picked \[any\] of int64, got \[4\] of bool"):
         LogprobChunks.of(hidden, weight, targets, picked=targets > 0)
