@@ -31,6 +31,11 @@ def named(function: Check) -> Check:
     return function
 
 
+def close(mine: Tensor, other: Tensor) -> None:
+    """Two [...] are equal but for roundings, of products whose sizes or layouts differ."""
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
     """Normal numbers [shape], the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
@@ -241,9 +246,9 @@ def ignored(device: torch.device) -> None:
             wanted = linear_logprob(alone[0], alone[1], targets[~dead], temperature=1.5, mode=mode)
             theirs = grads_of(wanted, alone, (slopes[0][~dead], slopes[1][~dead]))
             for mine, other in zip(ours[:3], theirs[:3], strict=True):
-                torch.testing.assert_close(mine[~dead], other)
+                close(mine[~dead], other)
                 assert torch.equal(mine[dead], torch.zeros_like(mine[dead]))
-            torch.testing.assert_close(ours[3], theirs[3])
+            close(ours[3], theirs[3])
     leaf = torch.where(dead[:, None], NAN, normal(10, 70, seed=2, device=device)).requires_grad_()
     targets = torch.where(dead, IGNORE, torch.arange(10, device=device))
     ours = grads_of(logprob_from_logits(leaf, targets), [leaf], (heat * NAN, heat * NAN))
@@ -280,7 +285,7 @@ def padded_vocabulary(device: torch.device) -> None:
         cut = [leaves[0].detach().requires_grad_(), *(x[:133].detach().requires_grad_() for x in leaves[1:])]
         theirs = grads_of(linear_logprob(cut[0], cut[1], targets, bias=cut[2], mode=mode), cut, slopes)
         for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine[: len(other)], other)
+            close(mine[: len(other)], other)
             assert not mine[len(other) :].any()
 
 
@@ -320,7 +325,7 @@ def strides(device: torch.device) -> None:
             (slope[0].clone(), slope[1].clone()),
         )
         for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other)
+            close(mine, other)
     modes: tuple[Mode, ...] = ("chunked", "invariant")
     for mode in modes:
         pair = normal(6, 2, 12, device=device)[:, 1], normal(12, vocab, seed=1, device=device).t()
@@ -330,7 +335,7 @@ def strides(device: torch.device) -> None:
         ours = grads_of(linear_logprob(leaves[0], leaves[1], targets, chunk=4, mode=mode), leaves, slope)
         theirs = grads_of(linear_logprob(same_pair[0], same_pair[1], targets, chunk=4, mode=mode), same_pair, slope)
         for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other)
+            close(mine, other)
 
 
 @named
@@ -399,7 +404,7 @@ def wrong_rows(device: torch.device) -> None:
     p = rows.softmax(1)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert out[2].isnan().all()
-    torch.testing.assert_close(out[3], -p[3])
+    close(out[3], -p[3])
     torch.testing.assert_close(out[1], torch.nn.functional.one_hot(targets[1], 30) - p[1])
 
 

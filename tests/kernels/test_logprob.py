@@ -405,7 +405,7 @@ def test_gradients_at_once_of_parameters_and_of_some_chunks(mode: Mode, device: 
     wanted = torch.autograd.grad(logprob.sum(), (hidden, weight))
     for got, want in zip(run.gradients(), wanted, strict=False):
         assert got is not None
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # of products of other sizes
     assert not wanted[0][:2].any()
 
 
