@@ -31,9 +31,7 @@ DROPPED = frozenset({
     "transfer-encoding", "upgrade", "content-length", "content-encoding", "server", "date", "set-cookie", "location",
 })  # fmt: skip
 """Headers of an engine's answer that do not reach the client, with those that its `connection` names."""
-AGENT_POSTS = frozenset({
-    "v1/tokenize", "v1/detokenize", "v1/embeddings", "v1/rerank", "v1/score", "v1/classify", "v1/messages/count_tokens",
-})  # fmt: skip
+AGENT_POSTS = frozenset({"v1/tokenize", "v1/detokenize", "v1/embeddings", "v1/rerank", "v1/score", "v1/classify"})
 """What may be posted with a session's key."""
 
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,=:@/-]+")
