@@ -26,6 +26,8 @@ CLIENTS_IMPORT = (
     "toml",
 )  # fmt: skip
 
+GATEWAYS = ("smg==1.13.0", "sglang-router==0.3.2", "sglang-router==0.2.1", "sglang-router==0.1.9")
+
 
 def has_nvidia_gpu() -> bool:
     """True if the driver lists at least one GPU."""
@@ -43,6 +45,13 @@ def pip(*words: str, check: bool = True) -> bool:
     if check and done.returncode:
         sys.exit(f"install: pip failed on: {' '.join(words)}")
     return done.returncode == 0
+
+
+def install_gateways() -> None:
+    """SGLang's gateways, each release in a folder of its own: they share a module name. Only tests start them."""
+    for release in GATEWAYS:
+        if not pip("--no-deps", "--target", str(VENV / "gateways" / release), release, check=False):
+            print(f"install: {release} could not be installed; tests in front of it will be skipped", flush=True)
 
 
 def digest() -> str:
@@ -97,6 +106,7 @@ def main() -> None:
     pip("-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]")
     install_megatron()
     install_clients()
+    install_gateways()
     stamp.write_text(wanted)
 
 
