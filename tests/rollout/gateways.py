@@ -1,4 +1,4 @@
-"""The published gateways of SGLang as processes on loopback: real binaries, found where scripts/install.py puts them."""
+"""SGLang's published gateways as processes on loopback: real binaries, where scripts/install.py puts them."""
 
 from __future__ import annotations
 
