@@ -34,7 +34,7 @@ IMPORTS = (
     "einops", "fastapi", "gguf", "grpcio-health-checking", "grpcio-reflection", "interegular", "ipython", "kernels",
     "llguidance", "mistral-common", "modelscope", "msgspec", "ninja", "numba", "openai", "openai-harmony", "orjson",
     "partial-json-parser", "pillow", "prometheus-client", "psutil", "pybase64", "python-multipart", "pyzmq", "requests",
-    "scipy", "sentencepiece", "setproctitle", "smg-grpc-servicer", "soundfile", "tiktoken", "torchvision",
+    "scipy", "sentencepiece", "setproctitle", "smg-grpc-servicer", "soundfile", "tiktoken",
     "transformers", "triton", "uvicorn", "uvloop", "watchfiles", "xgrammar", "xxhash", "zstandard",
 )  # fmt: skip
 """What SGLang's server imports on its way up, without what those declare themselves."""

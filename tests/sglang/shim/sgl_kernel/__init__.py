@@ -1,22 +1,9 @@
-"""Stands in for SGLang's package of compiled GPU kernels, which has no build for this machine.
+"""Stands in for SGLang's package of compiled kernels, which has no build without CUDA.
 
-SGLang imports names from it wherever it might use them, also in modules that a CPU server loads. Every name can be imported;
-what is called says so, instead of giving a wrong number.
+SGLang imports names from it wherever it might use them, also in modules that a server on a CPU loads.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, NoReturn
+from on_cpu_absent import absent
 
 __version__ = "0.0.0"
-
-
-def __getattr__(name: str) -> Callable[..., Any]:
-    if name.startswith("__"):
-        raise AttributeError(name)  # what Python itself asks a module for
-
-    def missing(*args: object, **words: object) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name} needs a GPU: this is the stand-in for SGLang on a CPU")
-
-    return missing
+__getattr__ = absent(__name__)

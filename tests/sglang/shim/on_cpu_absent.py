@@ -1,0 +1,32 @@
+"""Names that can be imported and do nothing: what SGLang imports on its way up and never uses for a text model on a CPU.
+
+Whoever calls one gets an error that says so, instead of a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class Absent:
+    """Something of a package that is not here, `name` in full; it may be called anything but called."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)  # what Python itself asks of an object
+        return Absent(f"{self._name}.{name}")
+
+    def __call__(self, *args: object, **words: object) -> NoReturn:
+        raise NotImplementedError(f"{self._name} is not there: SGLang on a CPU has a stand-in for its package")
+
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[()]:
+        return ()  # a class may name it as its base
+
+
+def absent(module: str) -> Callable[[str], Absent]:
+    """The `__getattr__` of a module all of whose names are absent."""
+    return Absent(module).__getattr__

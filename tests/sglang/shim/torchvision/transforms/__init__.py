@@ -1,0 +1,3 @@
+from on_cpu_absent import absent
+
+__getattr__ = absent(__name__)
