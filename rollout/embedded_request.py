@@ -107,7 +107,7 @@ class Completion:
         logprobs: N floats, of the temperature-scaled distribution before top-k, top-p and min-p.
         top_logprobs: per token the best (logprob, id) pairs, if they were asked for.
         finish_reason: {"type": "stop", "matched": id or text} | {"type": "length", "length": N} |
-            {"type": "abort", "message": text}.
+            {"type": "abort", "message": text, "status_code": None, "err_type": None}.
         rows: experts uint8 | uint16 [R, L, K] of the tokens 0..P+N-2, or None.
         weight_versions: spans (version, start, end) over the output tokens.
         retractions: how often the request was sent back to the queue.
@@ -192,6 +192,10 @@ class Request:
             known = sum(len(part) for part in self.routes)
             if len(rows) > known - start:
                 self.routes.append(rows[known - start :])
+
+    def abort(self, message: str) -> None:
+        """Resolve the future with what there is."""
+        self.complete({"type": "abort", "message": message, "status_code": None, "err_type": None})
 
     def complete(self, finish_reason: dict[str, Any]) -> None:
         """Resolve the future."""
