@@ -95,6 +95,6 @@ def _compare_rows(wanted: str, got: str, timed: bool) -> Iterator[str]:
     one, other = (np.frombuffer(base64.b64decode(text), dtype="<i4") for text in (wanted, got))
     if len(one) != len(other) and not timed:
         yield f"{len(one)} int32, here {len(other)}"
-    both = min(len(one), len(other))
+    both = min(len(one), len(other)) // 2 * 2
     if (np.sort(one[:both].reshape(-1, 2)) != np.sort(other[:both].reshape(-1, 2))).any():
         yield "other experts"
