@@ -35,14 +35,22 @@ def glm(tiny_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3-MoE (grouped-query attention, every layer sparse) with the tiny tokenizer."""
-    from transformers import Qwen3MoeConfig
+    import torch
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from pacenote.replay.tiny import tiny_model
-    from pacenote.trainer.model import save
+    from pacenote.trainer.model import STOP_TOKENS, TOKENIZER, save
 
-    config = Qwen3MoeConfig(num_experts=8, num_experts_per_tok=2, head_dim=16, norm_topk_prob=True, mlp_only_layers=[])
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
+        norm_topk_prob=True, mlp_only_layers=[], max_position_embeddings=512, initializer_range=0.15,
+        eos_token_id=tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)), pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
     out = tmp_path_factory.mktemp("qwen")
-    save(tiny_model(config.to_dict() | {"vocab_size": 512, "max_position_embeddings": 512}), out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save(Qwen3MoeForCausalLM(config), out)
     return out
 
 
