@@ -1,7 +1,8 @@
 """Real SGLang on a machine without a GPU, for small models: where it is installed and how it is started.
 
-It lives in an environment of its own, which `scripts/install_sglang.py` of a checkout makes together with what stands in
-there for the GPU's parts; nothing of it is imported here. Options: `sglang.srt.server_args.ServerArgs` of SGLang 0.5.23.
+It lives in an environment of its own, which `scripts/install_sglang.py` of a checkout makes together with what stands
+in there for the GPU's parts; nothing of it is imported here. Options: `sglang.srt.server_args.ServerArgs` of SGLang
+0.5.23.
 """
 
 from __future__ import annotations

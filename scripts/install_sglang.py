@@ -1,11 +1,11 @@
 """Make `.venv-sglang`: real SGLang that serves tiny models on a CPU. Standard library only.
 
-SGLang pins another transformers than pacenote tests with, so it gets an environment of its own; pacenote talks to it over
-HTTP and imports nothing of it. What SGLang declares is mostly CUDA: it is installed without its dependencies, and then what
-its serving path imports, in the versions of `constraints-sglang.txt`. `tests/sglang/shim` stands in for what is left of the
-GPU. For prefill/decode pairs Mooncake's transfer engine moves keys and values over TCP; it links libibverbs, whose Debian
-packages are unpacked into the environment where the system lacks them. Without it everything but pairs works.
-A stamp keeps the digest of what was installed, so a second run installs nothing.
+SGLang pins another transformers than pacenote tests with, so it gets an environment of its own; pacenote talks to it
+over HTTP and imports nothing of it. What SGLang declares is mostly CUDA: it is installed without its dependencies,
+and then what its serving path imports, in the versions of `constraints-sglang.txt`. `tests/sglang/shim` stands in for
+what is left of the GPU. For prefill/decode pairs Mooncake's transfer engine moves keys and values over TCP; it links
+libibverbs, whose Debian packages are unpacked into the environment where the system lacks them. Without it everything
+but pairs works. A stamp keeps the digest of what was installed, so a second run installs nothing.
 
     python scripts/install_sglang.py            # into .venv-sglang, about 3.6 GB
     VENV=/elsewhere python scripts/install_sglang.py

@@ -1,8 +1,9 @@
 """SGLang's recorded answers, and what another engine's answers to the same calls differ in.
 
-`golden/*.json` were recorded from SGLang 0.5.23 by `make test-sglang ARGS=--record`. A comparison says where two answers
-differ in structure, field names, types or values. What may differ, and why, stands in this file and nowhere else: VOLATILE
-(numbers of the moment), WORDS (sentences that no program reads) and DIFFERENCES (where the embedded engine is another one).
+`golden/*.json` were recorded from SGLang 0.5.23 by `make test-sglang ARGS=--record`. A comparison says where two
+answers differ in structure, field names, types or values. What may differ, and why, stands in this file and nowhere
+else: VOLATILE (numbers of the moment), WORDS (sentences that no program reads) and DIFFERENCES (where the embedded
+engine is another one).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ DIFFERENCES = {
     r"/v1/loads: .*": "the embedded engine reports requests and tokens, not what a GPU holds",
     r"/(get_)?server_info: .*internal_states.*": "the embedded engine has no scheduler with a state of its own",
     r"/(get_)?server_info: max_.*": "sizes of another memory",
-    r"(/(get_)?model_info|version after .*): (embedding|load_format): missing": "features that the embedded engine lacks",
-    r"version after .*: served_model_name: .*": "SGLang takes the path of new weights for its name; the embedded engine stays",
-    r"control update in .*: num_paused_requests: .*": "SGLang's tokenizer process counts none where its scheduler holds one",
+    r"(model_info|version after .*): (embedding|load_format): missing": "features that the embedded engine lacks",
+    r"version after .*: served_model_name: .*": "SGLang calls itself by the path of its weights after an update",
+    r"control update in .*: num_paused_requests: .*": "SGLang says none where its scheduler holds one",
     r"chat no limit: .*": "SGLang keeps six tokens of the context for itself; the embedded engine fills it",
     r"chat no tokens: .*": "the embedded engine cannot prefill without generating, and says so",
     r"control abort without a name: .*": "SGLang says yes and does nothing; the embedded engine asks for a name",
@@ -83,7 +84,7 @@ def _equal(wanted: Any, got: Any, place: str, timed: bool, read: bool) -> bool:
     if VOLATILE.search(place) or (WORDS.search(place) and not read):
         return True
     if isinstance(wanted, float):
-        return abs(wanted - got) < CLOSE
+        return bool(abs(wanted - got) < CLOSE)
     # How far the answer came decides these: its text, its counts, where its spans of versions end.
     if timed and (isinstance(wanted, int) or re.search(r"content|text$", place)) and "_logprobs[" not in place:
         return True

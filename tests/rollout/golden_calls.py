@@ -1,7 +1,8 @@
 """What is asked of an engine whose answers are compared with SGLang's recorded ones: the same calls, in the same order.
 
-The engine serves `build_tiny(seed=0)` in float32 as "tiny", with a context of 160 tokens and weight version "0". Decoding is
-greedy and answers end by length where nothing else is asked, so that the numbers are the same wherever they are computed.
+The engine serves `build_tiny(seed=0)` in float32 as "tiny", with a context of 160 tokens and weight version "0".
+Decoding is greedy and answers end by length where nothing else is asked, so that the numbers are the same wherever
+they are computed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Caller:
         """Ask with a JSON body, or with `text` as it is; returns the answer's JSON, or its text."""
         words = {"content": text} if text is not None else {"json": body} if body is not None else {}
         headers = {"content-type": "application/json"}
-        answer = self.http.request(method, path, headers=headers, **words)  # type: ignore[arg-type]
+        answer = self.http.request(method, path, headers=headers, **words)
         kind = answer.headers.get("content-type", "").partition(";")[0]
         said = answer.json() if kind == "application/json" else answer.text
         assert name not in self.answers, name
@@ -176,10 +177,10 @@ def info_calls(call: Caller) -> None:
 
 def control_calls(call: Caller) -> None:
     """Weights, cache, pauses, aborts."""
-    paths = {name: f"/{name}" for name in ("update_weights_from_disk", "flush_cache", "pause_generation",
-                                           "continue_generation", "abort_request", "begin_weight_update", "end_weight_update",
-                                           "update_weights_from_tensor", "update_weight_version")}  # fmt: skip
-    post = lambda name, path, body=None: call(name, "POST", paths[path], body)  # noqa: E731
+
+    def post(name: str, path: str, body: Any = None) -> Any:
+        return call(name, "POST", f"/{path}", body)
+
     model = str(call.model)
     post("update", "update_weights_from_disk", {"model_path": model, "weight_version": "1", "flush_cache": True})
     call("version after update", "GET", "/model_info")

@@ -239,7 +239,7 @@ def test_bad_chats_get_400_in_sglangs_shape(http: httpx.Client, fields: dict[str
     ],
 )
 def test_bad_generates_get_400(http: httpx.Client, body: bytes, kind: str) -> None:
-    """SGLang has three shapes: for bodies that it cannot read, for requests that it refuses, for sampling parameters."""
+    """Three shapes as SGLang's: for bodies that cannot be read, for requests refused, for sampling parameters."""
     answer = http.post("/generate", content=body)
     assert answer.status_code == 400
     said = answer.json()
@@ -251,8 +251,9 @@ def test_bad_generates_get_400(http: httpx.Client, body: bytes, kind: str) -> No
 
 
 def test_ids_come_before_text(http: httpx.Client) -> None:
-    greedy = {"sampling_params": {"max_new_tokens": 3, "temperature": 0}}
-    assert _generate(http, text="hi", **greedy)["output_ids"] == _generate(http, **greedy)["output_ids"]
+    greedy = {"max_new_tokens": 3, "temperature": 0}
+    both = _generate(http, text="hi", sampling_params=greedy)
+    assert both["output_ids"] == _generate(http, sampling_params=greedy)["output_ids"]
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:

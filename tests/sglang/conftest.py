@@ -1,4 +1,4 @@
-"""Real SGLang on this machine's CPU. Only where PACENOTE_SGLANG names the python of its environment: `make test-sglang`."""
+"""Real SGLang on this machine's CPU: only where PACENOTE_SGLANG names its python, as `make test-sglang` does."""
 
 from __future__ import annotations
 

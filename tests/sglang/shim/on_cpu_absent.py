@@ -1,16 +1,15 @@
-"""Names that can be imported and do nothing: what SGLang imports on its way up and never uses for a text model on a CPU.
+"""Names that can be imported: what SGLang imports on its way up and never uses for a text model on a CPU.
 
 Whoever calls one gets an error that says so, instead of a wrong number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn
 
 
 class Absent:
-    """Something of a package that is not here, `name` in full; it may be called anything but called."""
+    """Something that is not here, `name` in full: it can be imported from, read and inherited from, but not called."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -24,9 +23,4 @@ class Absent:
         raise NotImplementedError(f"{self._name} is not there: SGLang on a CPU has a stand-in for its package")
 
     def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[()]:
-        return ()  # a class may name it as its base
-
-
-def absent(module: str) -> Callable[[str], Absent]:
-    """The `__getattr__` of a module all of whose names are absent."""
-    return Absent(module).__getattr__
+        return ()

@@ -1,7 +1,7 @@
 """Three corrections without which SGLang 0.5.23 cannot serve routed experts, MLA or a prefill/decode pair on a CPU.
 
-Registered through SGLang's own plugin entry point, so that each of its processes gets them, and made of its own hooks. None
-of them changes what is computed on the way of a GPU.
+Registered through SGLang's own plugin entry point, so that each of its processes gets them, and made of its own hooks.
+None of them touches what is computed on a GPU.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
 def unpinned(allocate: Callable[..., Any], *args: Any, **words: Any) -> Any:
-    """The host cache of routed experts is registered with CUDA (cudaHostRegister), which without CUDA fails: the memory
-    itself is all that a CPU needs."""
+    """The host cache of routed experts is registered with CUDA, which fails here: plain memory is all it needs."""
     return allocate(*args, **{**words, "pin_memory": False})
 
 
 def absorbed(get_handler: Callable[..., Any], *args: Any) -> Any:
-    """The torch_native attention back end reads the latent cache of MLA rightly only in the absorbed form. SGLang has no
-    rule for this back end and falls back to Triton's, which prefills in the other form: answers without an error, and wrong.
+    """MLA by the torch_native back end reads its latent cache rightly only in the absorbed form.
+
+    SGLang has no rule for this back end and takes Triton's, which prefills in the other form: it answers, and wrongly.
     """
     return handlers._dispatch_mla_subtype if args[-1] == "torch_native" else get_handler(*args)
 
 
 def synchronous(result: None, sender: Any, *args: Any, **words: Any) -> None:
-    """Mooncake's sender takes page indices in pinned memory with a CUDA event, where it says that it can; the other way
-    takes them as they are."""
+    """Mooncake's sender says that it takes page indices in pinned memory with a CUDA event, and then gets them so."""
     sender.supports_host_tensor_indices = False
 
 

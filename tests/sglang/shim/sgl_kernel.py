@@ -3,7 +3,7 @@
 SGLang imports names from it wherever it might use them, also in modules that a server on a CPU loads.
 """
 
-from on_cpu_absent import absent
+from on_cpu_absent import Absent
 
 __version__ = "0.0.0"
-__getattr__ = absent(__name__)
+__getattr__ = Absent(__name__).__getattr__
