@@ -1,0 +1,173 @@
+"""New weights for a running SGLang, and what each way of pausing does to the answers at hand: their logprobs and routes.
+
+Held against transformers with the old and with the new weights, so that it shows which of them a number came from.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file
+
+from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
+from pacenote.rollout.launch import Service, free_port, sessions_command
+from pacenote.rollout.trajectory import Trajectory
+from pacenote.trainer import sync
+from pacenote.trainer.errors import StaleWeights
+from pacenote.trainer.model import build_tiny
+from tests.rollout.golden_calls import PROMPT
+from tests.rollout.talk import USER, chat, samples
+from tests.rollout.talk import start as open_session
+from tests.sglang.conftest import START_SECONDS, Start
+from tests.sglang.truth import Truth
+
+CLOSE = 2e-3
+FIELDS = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 120}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape with other weights."""
+    return build_tiny(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(glm: Path, start: Start) -> Service:
+    service = start(glm, dtype="float32", weight_version="0", max_running_requests=8, context_length=512)
+    service.wait_healthy(START_SECONDS)
+    return service
+
+
+@pytest.fixture(scope="module")
+def sessions(engine: Service, glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    port = free_port()
+    command = sessions_command(glm, upstream=engine.url, port=port, extra=["--timeout", "60"])
+    log = tmp_path_factory.mktemp("sessions") / "sessions.log"
+    with Service("sessions", command, url=f"http://127.0.0.1:{port}", log=log) as service:
+        service.wait_healthy(60)
+        yield service
+
+
+@pytest.fixture
+def http(engine: Service, glm: Path) -> Iterator[httpx.Client]:
+    """A client of the engine, which serves the first weights as version 0 again."""
+    with httpx.Client(base_url=engine.url, timeout=60, trust_env=False) as client:
+        sync.push(engine.url, glm, 0)
+        yield client
+        client.post("/continue_generation", json={})
+    assert engine.alive, engine.tail()
+
+
+def serves(http: httpx.Client, truth: Truth) -> str:
+    """Assert that the engine computes with these weights; the version that it says."""
+    body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 8}, "return_logprob": True}
+    answer = http.post("/generate", json=body).json()
+    logprobs, _ = truth(PROMPT + answer["output_ids"])
+    said = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+    np.testing.assert_allclose(said, logprobs[len(PROMPT) - 1 :], atol=CLOSE)
+    version: str = answer["meta_info"]["weight_version"]
+    return version
+
+
+def test_from_disk(http: httpx.Client, engine: Service, glm: Path, other: Path, tmp_path: Path) -> None:
+    assert serves(http, Truth(glm)) == "0"
+    sync.push(engine.url, other, 1)
+    assert serves(http, Truth(other)) == "1"
+    with pytest.raises(StaleWeights, match="refused weight version 2"):
+        sync.push(engine.url, tmp_path / "nowhere", 2)
+    assert serves(http, Truth(other)) == "1"
+
+
+def test_from_tensors(http: httpx.Client, other: Path) -> None:
+    """Shared memory by file: a sender that hands over descriptors instead ends SGLang's scheduler."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    named = list(load_file(other / "model.safetensors").items())
+    for tensor in (tensor for _, tensor in named):
+        tensor.share_memory_()
+    pickled = io.BytesIO()
+    ForkingPickler(pickled).dump(named)
+    text = base64.b64encode(pickled.getvalue()).decode()
+    assert http.post("/begin_weight_update", json={}).json()["success"]
+    body = {"serialized_named_tensors": [text], "flush_cache": True, "weight_version": "5"}
+    answer = http.post("/update_weights_from_tensor", json=body)
+    assert answer.json()["success"], answer.text
+    assert http.post("/end_weight_update", json={}).json()["success"]
+    assert serves(http, Truth(other)) == "5"
+
+
+def interrupted(
+    sessions: Service, http: httpx.Client, act: Callable[[], None], **fields: Any
+) -> tuple[httpx.Response, list[Trajectory]]:
+    """An answer that `act` comes in between of, and what the session holds of it."""
+    with (
+        httpx.Client(base_url=sessions.url, timeout=60, trust_env=False) as front,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        session = open_session(front)
+        waits = pool.submit(chat, front, session, [USER], **FIELDS, **fields)
+        while (
+            not (load := http.get("/v1/loads").json()["loads"][0])["num_running_reqs"] or load["num_used_tokens"] < 25
+        ):
+            threading.Event().wait(0.01)
+        act()
+        answer = waits.result(60)
+        return answer, samples(front, session) if answer.status_code == 200 else []
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_pausing_for_new_weights(http: httpx.Client, sessions: Service, glm: Path, other: Path, mode: str) -> None:
+    def act() -> None:
+        assert http.post("/pause_generation", json={"mode": mode}).status_code == 200
+        # Keys and values in place are held by their request; retracted ones are not.
+        assert http.post("/flush_cache").status_code == (400 if mode == "in_place" else 200)
+        body = {"model_path": str(other), "weight_version": "1", "flush_cache": False}
+        assert http.post("/update_weights_from_disk", json=body).json()["success"]
+        assert http.post("/continue_generation", json={}).status_code == 200
+
+    answer, [trajectory] = interrupted(sessions, http, act)
+    assert answer.status_code == 200, answer.text
+    tokens = trajectory.tokens.tolist()
+    trained = np.flatnonzero(trajectory.loss_mask)
+    first, cut = trained[0], int(np.flatnonzero(trajectory.version == 1)[0])
+    assert first < cut < trained[-1]
+    assert trajectory.experts is not None
+    rows = np.sort(trajectory.experts)
+    (old, old_rows), (new, new_rows) = Truth(glm)(tokens), Truth(other)(tokens)
+    # Up to the update the logprobs are the old weights', and so are the routes if nothing was computed again.
+    np.testing.assert_allclose(trajectory.logprobs[first:cut], old[first - 1 : cut - 1], atol=CLOSE)
+    before = slice(0, cut - 1)
+    if mode == "in_place":
+        np.testing.assert_array_equal(rows[before], old_rows[before])
+        assert set(trajectory.provenance[before]) <= {PREFILL, DECODE}
+        # New weights read the old ones' keys and values: neither's forward pass.
+        assert np.abs(trajectory.logprobs[cut + 1 :] - new[cut:]).max() > 0.1
+    else:
+        np.testing.assert_allclose(trajectory.logprobs[cut:], new[cut - 1 :], atol=CLOSE)
+        np.testing.assert_array_equal(rows, new_rows)
+        assert set(trajectory.provenance[before]) == {RECOMPUTED}
+    assert set(trajectory.provenance[cut:]) == {DECODE}
+
+
+def test_pausing_by_abort(http: httpx.Client, sessions: Service) -> None:
+    """The answer ends as an error and leaves no record; new requests wait until generation goes on."""
+    answer, _ = interrupted(sessions, http, lambda: http.post("/pause_generation", json={"mode": "abort"}))
+    assert answer.status_code == 502
+    body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}}
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(httpx.post, f"{http.base_url}/generate", json=body, timeout=60, trust_env=False)
+        threading.Event().wait(0.5)
+        assert not waits.done()
+        http.post("/continue_generation", json={})
+        assert waits.result(60).status_code == 200
