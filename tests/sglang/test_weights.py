@@ -1,4 +1,4 @@
-"""New weights for a running SGLang, and what each way of pausing does to the answers at hand: their logprobs and routes.
+"""New weights for a running SGLang, and what each way of pausing does to logprobs and routes of the answers at hand.
 
 Held against transformers with the old and with the new weights, so that it shows which of them a number came from.
 """
@@ -31,6 +31,7 @@ from tests.rollout.golden_calls import PROMPT
 from tests.rollout.talk import USER, chat, samples
 from tests.rollout.talk import start as open_session
 from tests.sglang.conftest import START_SECONDS, Start
+from tests.sglang.test_sessions import running, wait
 from tests.sglang.truth import Truth
 
 CLOSE = 2e-3
@@ -117,10 +118,8 @@ def interrupted(
     ):
         session = open_session(front)
         waits = pool.submit(chat, front, session, [USER], **FIELDS, **fields)
-        while (
-            not (load := http.get("/v1/loads").json()["loads"][0])["num_running_reqs"] or load["num_used_tokens"] < 25
-        ):
-            threading.Event().wait(0.01)
+        wait(lambda: running(http) == 1)
+        threading.Event().wait(0.3)  # for some tokens
         act()
         answer = waits.result(60)
         return answer, samples(front, session) if answer.status_code == 200 else []
@@ -140,7 +139,7 @@ def test_pausing_for_new_weights(http: httpx.Client, sessions: Service, glm: Pat
     assert answer.status_code == 200, answer.text
     tokens = trajectory.tokens.tolist()
     trained = np.flatnonzero(trajectory.loss_mask)
-    first, cut = trained[0], int(np.flatnonzero(trajectory.version == 1)[0])
+    first, cut = trained[0], int(trained[trajectory.version[trained] == 1][0])
     assert first < cut < trained[-1]
     assert trajectory.experts is not None
     rows = np.sort(trajectory.experts)
