@@ -199,13 +199,6 @@ def control_calls(call: Caller) -> None:
     post("abort nobody", "abort_request", {"rid": "nobody"})
     post("abort all", "abort_request", {"abort_all": True})
     post("abort without a name", "abort_request", {})
-    post("end before begin", "end_weight_update", {})
-    tensors = {"serialized_named_tensors": ["AAAA"], "weight_version": "3"}
-    post("tensors before begin", "update_weights_from_tensor", tensors)
-    post("begin", "begin_weight_update", {})
-    post("end", "end_weight_update", {})
-    post("new version", "update_weight_version", {"new_version": "4"})
-    call("version after naming it", "GET", "/model_info")
     long = {"max_new_tokens": 100}
     for mode in ("in_place", "retract"):
 
@@ -227,6 +220,13 @@ def control_calls(call: Caller) -> None:
         lambda: call.generate("through abort", params=long, return_logprob=True, return_routed_experts=True),
     )
     post("continue abort", "continue_generation", {})
+    post("end before begin", "end_weight_update", {})
+    tensors = {"serialized_named_tensors": ["AAAA"], "weight_version": "3"}
+    post("tensors before begin", "update_weights_from_tensor", tensors)
+    post("begin", "begin_weight_update", {})
+    post("end", "end_weight_update", {})
+    post("new version", "update_weight_version", {"new_version": "4"})
+    call("version after naming it", "GET", "/model_info")
 
 
 def worker_calls(call: Caller, url: str) -> None:

@@ -6,10 +6,12 @@ Held against transformers with the old and with the new weights, so that it show
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 import torch.multiprocessing
 from safetensors.torch import load_file
 
@@ -93,10 +96,8 @@ def test_from_disk(http: httpx.Client, engine: Service, glm: Path, other: Path, 
 
 def test_from_tensors(http: httpx.Client, other: Path) -> None:
     """Shared memory by file: a sender that hands over descriptors instead ends SGLang's scheduler."""
-    torch.multiprocessing.set_sharing_strategy("file_system")
+    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
     named = list(load_file(other / "model.safetensors").items())
-    for tensor in (tensor for _, tensor in named):
-        tensor.share_memory_()
     pickled = io.BytesIO()
     ForkingPickler(pickled).dump(named)
     text = base64.b64encode(pickled.getvalue()).decode()
@@ -108,8 +109,46 @@ def test_from_tensors(http: httpx.Client, other: Path) -> None:
     assert serves(http, Truth(other)) == "5"
 
 
+def test_over_a_process_group(http: httpx.Client, other: Path) -> None:
+    """The sender is rank 0 of a group of gloo's, SGLang rank 1; tensors go one after the other, as they are named."""
+    state, port, name = load_file(other / "model.safetensors"), free_port(), "pacenote"
+    joins = {
+        "master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "group_name": name,
+        "backend": "gloo",
+    }  # fmt: skip
+    update = {
+        "names": list(state), "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in state.values()],
+        "shapes": [list(tensor.shape) for tensor in state.values()], "group_name": name, "flush_cache": True,
+        "weight_version": "6",
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(http.post, "/init_weights_update_group", json=joins)
+        group = sender(port, name)
+        assert joined.result(60).json()["success"]
+        assert http.post("/begin_weight_update", json={}).json()["success"]
+        taken = pool.submit(http.post, "/update_weights_from_distributed", json=update)
+        for tensor in state.values():
+            torch.distributed.broadcast(tensor.contiguous(), src=0, group=group)
+        assert taken.result(60).json()["success"], taken.result().text
+    assert http.post("/end_weight_update", json={}).json()["success"]
+    assert serves(http, Truth(other)) == "6"
+    assert http.post("/destroy_weights_update_group", json={"group_name": name}).json()["success"]
+
+
+def sender(port: int, name: str) -> Any:
+    """Rank 0 of a group of two beside whatever groups there are, met at this port: as SGLang's own side makes its."""
+    c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    timeout = timedelta(seconds=60)
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True, timeout=timeout)  # type: ignore[attr-defined]
+    group, _ = c10d._new_process_group_helper(
+        2, 0, [], c10d.Backend("gloo"), c10d.PrefixStore(name, store), group_name=name, timeout=timeout
+    )
+    c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
+    return group
+
+
 def interrupted(
-    sessions: Service, http: httpx.Client, act: Callable[[], None], **fields: Any
+    sessions: Service, http: httpx.Client, act: Callable[[], object], **fields: Any
 ) -> tuple[httpx.Response, list[Trajectory]]:
     """An answer that `act` comes in between of, and what the session holds of it."""
     with (
