@@ -234,7 +234,6 @@ def worker_calls(call: Caller, url: str) -> None:
     added = call("add", "POST", "/workers", {"url": url, "worker_type": "regular"})
     _until(call.http, lambda workers: bool(workers) and workers[0]["is_healthy"])
     call("list", "GET", "/workers")
-    call("show", "GET", f"/workers/{added['worker_id']}")
     call("models", "GET", "/v1/models")
     assert httpx.post(f"{url}/flush_cache", trust_env=False).status_code == 200  # the gateway passes no flush on
     call.chat("chat", **TRAINED)

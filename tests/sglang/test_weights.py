@@ -35,9 +35,8 @@ from tests.rollout.talk import USER, chat, samples
 from tests.rollout.talk import start as open_session
 from tests.sglang.conftest import START_SECONDS, Start
 from tests.sglang.test_sessions import running, wait
-from tests.sglang.truth import Truth
+from tests.sglang.truth import Truth, same_logprobs, same_routes
 
-CLOSE = 2e-3
 FIELDS = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 120}
 
 
@@ -79,8 +78,8 @@ def serves(http: httpx.Client, truth: Truth) -> str:
     body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 8}, "return_logprob": True}
     answer = http.post("/generate", json=body).json()
     logprobs, _ = truth(PROMPT + answer["output_ids"])
-    said = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-    np.testing.assert_allclose(said, logprobs[len(PROMPT) - 1 :], atol=CLOSE)
+    said = np.array([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
+    same_logprobs(said, logprobs[len(PROMPT) - 1 :])
     version: str = answer["meta_info"]["weight_version"]
     return version
 
@@ -181,19 +180,19 @@ def test_pausing_for_new_weights(http: httpx.Client, sessions: Service, glm: Pat
     first, cut = trained[0], int(trained[trajectory.version[trained] == 1][0])
     assert first < cut < trained[-1]
     assert trajectory.experts is not None
-    rows = np.sort(trajectory.experts)
+    rows = trajectory.experts
     (old, old_rows), (new, new_rows) = Truth(glm)(tokens), Truth(other)(tokens)
     # Up to the update the logprobs are the old weights', and so are the routes if nothing was computed again.
-    np.testing.assert_allclose(trajectory.logprobs[first:cut], old[first - 1 : cut - 1], atol=CLOSE)
+    same_logprobs(trajectory.logprobs[first:cut], old[first - 1 : cut - 1])
     before = slice(0, cut - 1)
     if mode == "in_place":
-        np.testing.assert_array_equal(rows[before], old_rows[before])
+        same_routes(rows[before], old_rows[before])
         assert set(trajectory.provenance[before]) <= {PREFILL, DECODE}
         # New weights read the old ones' keys and values: neither's forward pass.
-        assert np.abs(trajectory.logprobs[cut + 1 :] - new[cut:]).max() > 0.1
+        assert np.abs(trajectory.logprobs[cut + 1 :] - new[cut:]).mean() > 0.1
     else:
-        np.testing.assert_allclose(trajectory.logprobs[cut:], new[cut - 1 :], atol=CLOSE)
-        np.testing.assert_array_equal(rows, new_rows)
+        same_logprobs(trajectory.logprobs[cut:], new[cut - 1 :])
+        same_routes(rows, new_rows)
         assert set(trajectory.provenance[before]) == {RECOMPUTED}
     assert set(trajectory.provenance[cut:]) == {DECODE}
 
