@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pacenote.kernels.pack import PackedBatch, Routes, pack
     from pacenote.kernels.permute import Permutation, permutation
     from pacenote.kernels.policy import PolicyConfig, policy_loss
+    from pacenote.kernels.policy_hidden import policy_loss_from_hidden
     from pacenote.kernels.route import RouteStats, replay_topk
     from pacenote.kernels.spec import RouterSpec
     from pacenote.replay.hf import attach
@@ -48,6 +49,7 @@ else:
         "pack": "kernels.pack",
         "permutation": "kernels.permute",
         "policy_loss": "kernels.policy",
+        "policy_loss_from_hidden": "kernels.policy_hidden",
         "replay_topk": "kernels.route",
     }
 
@@ -81,5 +83,6 @@ __all__ = [
     "pack",
     "permutation",
     "policy_loss",
+    "policy_loss_from_hidden",
     "replay_topk",
 ]
