@@ -68,7 +68,7 @@ class PolicyOutput:
 
     @classmethod
     def of(cls, loss: Tensor, values: Tensor, sums: Tensor) -> PolicyOutput:
-        """Of the loss, metrics [M] and sums [F, S], the latter two without a graph."""
+        """Of the loss [], metrics [M] and sums [F, S], the latter two without a graph."""
         return cls(loss, dict(zip(METRICS, values.unbind(), strict=True)), values, sums)
 
     def backward(self) -> None:
@@ -165,7 +165,7 @@ def _arguments(
     group_tokens: Tensor | None,
     denominator: float | Tensor | None,
 ) -> tuple[Any, ...]:
-    """The arguments of the op."""
+    """The arguments of the op: logprob [T], and what it takes beside."""
     number = None if isinstance(denominator, Tensor) or denominator is None else float(denominator)
     return (
         logprob,
@@ -211,7 +211,7 @@ def check_terms(
     group_tokens: Tensor | None,
     denominator: float | Tensor | None,
 ) -> None:
-    """Raise ValueError as `policy_loss` does."""
+    """Raise ValueError as `policy_loss` does: of a logprob [T], entropy [T] and the rest of its arguments."""
     check.tensor(logprob, "logprob", (None,), check.FLOATS, logprob.device)
     floats, shape, counts = check.FLOATS, tuple(logprob.shape), (torch.int32, torch.int64)
     if len(logprob) >= 2**30:

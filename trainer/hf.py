@@ -111,7 +111,7 @@ class HfBackend:
     ) -> PolicyOutput:
         """The policy loss of a batch with old logprobs, through the head and back, chunk by chunk.
 
-        Must run inside `self.routed(...)`, and so must its backward. Arguments as `policy_loss`.
+        Must run inside `self.routed(...)`, and so must its backward. Arguments as `policy_loss`; group_tokens [S].
         """
         if self.exact is not None:
             logprob, entropy = self.logprobs(batch)
