@@ -20,12 +20,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from pacenote.replay.spec import RoutingGeometry
+from pacenote.rollout import tracing
 from pacenote.rollout.auth import Keys
 from pacenote.rollout.chat import LARGE, Chats
 from pacenote.rollout.completion import Completion
 from pacenote.rollout.errors import BadRequest, ClientGone, SessionError, UnknownSession
 from pacenote.rollout.flights import Flights, Key
 from pacenote.rollout.matching import STRICT, Match
+from pacenote.rollout.metrics import CONTENT_TYPE, Metrics
+from pacenote.rollout.observed import Observed
+from pacenote.rollout.request_log import CODE, answered
 from pacenote.rollout.samples import encode_samples
 from pacenote.rollout.session import Session
 from pacenote.rollout.sglang import Engine
@@ -62,6 +66,7 @@ class Front:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
         self._flights = Flights()
         self._template, self._geometry, self._match = template, geometry, match
+        self.metrics = Metrics(in_flight=self._flights.__len__, sessions=store.__len__, store_bytes=store.bytes)
         self._chats: Chats
 
     @contextlib.asynccontextmanager
@@ -78,6 +83,7 @@ class Front:
             threads=self._threads,
             policy=self._config.policy,
             match=self._match,
+            observe=self._observe,
         )
         yield
         self._flights.abort_all()
@@ -87,6 +93,14 @@ class Front:
     async def health(self, request: Request) -> Response:
         """GET /health."""
         return _json({"status": "ok", "instance_id": self._instance, "version": _version()})
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics: Prometheus's text."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    def _observe(self, seen: Observed) -> None:
+        self.metrics.answered(seen)
+        answered(seen, content=self._config.log_content)
 
     async def create(self, request: Request) -> Response:
         """POST /sessions."""
@@ -137,7 +151,8 @@ class Front:
         body = await self._read(request)
         stream, usage = _streaming(body)
         self._store.find(session_id)  # a deleted session has no answers, recorded ones included
-        completion = await self._complete(request, session_id, body, _key(request, await request.body()))
+        with tracing.span("chat", session_id=session_id):
+            completion = await self._complete(request, session_id, body, _key(request, await request.body()))
         if not stream:
             return Response(completion.data, media_type="application/json")
         events = partial(completion.events, usage=usage)
@@ -236,6 +251,7 @@ def _json(content: Any, status: int = 200) -> Response:
 
 def refuse(request: Request, error: SessionError) -> Response:
     """The answer to an error of ours."""
+    request.scope[CODE] = error.code
     return _json(error.body(), error.status)
 
 
@@ -243,6 +259,7 @@ def refuse_path(request: Request, error: HTTPException) -> Response:
     """The answer to a path that is not served, or not by that method."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    request.scope[CODE] = code
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return _json({"error": body}, error.status_code)
 

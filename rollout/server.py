@@ -42,6 +42,7 @@ from pacenote.rollout.linear import POLICIES
 from pacenote.rollout.matching import MODES, Match, check_name
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.proxy import Proxy
+from pacenote.rollout.request_log import FORMATS, RequestLog, configure
 from pacenote.rollout.share import WHOLE, Share
 from pacenote.rollout.store import SessionStore, check_store, open_store
 from pacenote.rollout.template import FAMILIES, Template
@@ -73,6 +74,9 @@ class SessionConfig:
         session_ttl: seconds after which a session that nobody uses is forgotten; None keeps it.
         max_body: bytes of a request's body.
         workers: processes behind the port; `create_app` makes the application of one.
+        log: lines on stderr for each request and answered chat: "off", "text" or "json".
+        log_content: show in the lines what was said, too.
+        drain: seconds that answers in flight have to end in, after SIGTERM.
 
     Raises:
         ValueError: a value that cannot be.
@@ -97,6 +101,9 @@ class SessionConfig:
     session_ttl: float | None = None
     max_body: int = 64 << 20
     workers: int = 1
+    log: str = "off"
+    log_content: bool = False
+    drain: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.upstream.startswith(("http://", "https://")):
@@ -114,6 +121,10 @@ class SessionConfig:
         check_store(self.store)
         if self.session_ttl is not None and not self.session_ttl > 0:
             raise ValueError(f"expected a session ttl above 0 seconds, got {self.session_ttl}")
+        if self.log not in FORMATS:
+            raise ValueError(f"expected a log of {', '.join(FORMATS)}, got {self.log!r}")
+        if not self.drain >= 0:
+            raise ValueError(f"expected a drain of 0 seconds or more, got {self.drain}")
         for name, value in (("max body", self.max_body), ("number of workers", self.workers)):
             if value < 1:
                 raise ValueError(f"expected a {name} of at least 1, got {value}")
@@ -162,6 +173,7 @@ def create_app(
     proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find)
     routes = [
         Route("/health", front.health, methods=["GET"]),
+        Route("/metrics", front.show_metrics, methods=["GET"]),
         Route("/sessions", front.create, methods=["POST"]),
         Route("/sessions/{session_id}", front.show, methods=["GET"]),
         Route("/sessions/{session_id}", front.delete, methods=["DELETE"]),
@@ -171,7 +183,8 @@ def create_app(
         *Info(config.served_model or config.model, store).routes(),
     ]
     handlers: Any = {SessionError: refuse, HTTPException: refuse_path, Exception: refuse_bug}
-    middleware = [Middleware(Guard, keys=keys)] if keys else []
+    middleware = [Middleware(RequestLog, failed=front.metrics.failed)]
+    middleware += [Middleware(Guard, keys=keys)] if keys else []
     middleware.append(Middleware(BodyLimit, limit=config.max_body))
     app = Starlette(
         routes=routes,
@@ -262,16 +275,17 @@ def serve(config: SessionConfig) -> None:
             _serve_share(config, "", WHOLE, listener, ready)
         else:
             work = functools.partial(_serve_share, config, uuid.uuid4().hex)
-            processes.run(work, listener, count=config.workers, ready=ready)
+            processes.run(work, listener, count=config.workers, ready=ready, drain=config.drain)
 
 
 def _serve_share(
     config: SessionConfig, instance: str, share: Share, listener: socket.socket, ready: Callable[[], None]
 ) -> None:
+    configure(config.log)
     app = create_app(config, share=share, instance=instance)
     listener.listen(serving.BACKLOG)  # whoever is told that it is ready may connect
     ready()
-    serving.run(app, listener)
+    serving.run(app, listener, drain=config.drain)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -304,6 +318,10 @@ def _parser() -> argparse.ArgumentParser:
         help="admin tokens, one a line; the variable PACENOTE_AUTH_TOKENS if left out")  # fmt: skip
     add("--session-ttl", type=float, metavar="SECONDS", help="forget sessions that nobody used for so long")
     add("--max-body", type=int, default=64 << 20, metavar="BYTES", help="largest body of a request")
+    add("--log", default="text", choices=FORMATS, help="lines on stderr for each request and answered chat")
+    add("--log-content", action="store_true", help="show in these lines what was said, too")
+    add("--drain", type=float, default=30.0, metavar="SECONDS",
+        help="after SIGTERM, seconds that answers in flight have to end in")  # fmt: skip
     add("--workers", type=int, default=1, metavar="N", help="processes behind the port; each holds its sessions")
     return parser
 
