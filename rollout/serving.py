@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: ASGIApp, listener: socket.socket, *, drain: float) -> None:
+def run(app: ASGIApp, listener: socket.socket, *, drain: float = 0.0) -> None:
     """Answer on a socket that listens already, until SIGTERM or SIGINT, and `drain` seconds more what is in flight."""
     options = uvicorn.Config(
         app,
