@@ -1,9 +1,11 @@
 # make train   the main job: a tiny mixture-of-experts model learns by RL, routes replayed
 # make test    every test          make lint   ruff and mypy
 # make gpu     kernels on a GPU    make bench  benchmarks      make docs   docs/*.md checked
+# make test-sglang   against real SGLang on this machine's CPU, in an environment of its own; some minutes
 # Each target sets itself up in .venv; a second run installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
+SGLANG ?= .venv-sglang
 ARGS ?=
 BIN := $(VENV)/bin
 OUT ?= benchmarks/results
@@ -11,7 +13,7 @@ INTERPRETED := tests/kernels tests/trainer/test_same_step.py
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install train test lint gpu bench docs clean
+.PHONY: install train test test-sglang lint gpu bench docs clean
 install:
 	@VENV=$(VENV) $(PYTHON) scripts/install.py
 
@@ -23,6 +25,11 @@ train: install
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) $(ARGS) || [ $$? -eq 5 ]
+
+# One after the other: each module starts its own servers, and two are what a small machine holds.
+test-sglang: install
+	@VENV=$(SGLANG) $(PYTHON) scripts/install_sglang.py
+	PACENOTE_SGLANG=$(abspath $(SGLANG))/bin/python $(BIN)/python -m pytest tests/sglang $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -40,4 +47,4 @@ docs: install
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache runs
+	rm -rf $(VENV) $(SGLANG) build dist .mypy_cache .ruff_cache .pytest_cache runs

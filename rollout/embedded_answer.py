@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pacenote.replay.record import DECODE, PREFILL, RoutingRecord
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.replay.wire import encode_sglang
 from pacenote.rollout.embedded_protocol import ChatBody, GenerateBody
 from pacenote.rollout.embedded_request import Completion, SamplingParams
-from pacenote.rollout.toolcalls import THINK, parse_tool_calls, split_reasoning
+from pacenote.rollout.toolcalls import END_THINK, THINK, parse_tool_calls, split_reasoning
 
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI uses this number
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # how byte-level vocabularies spell bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,25 +86,28 @@ class Answers:
         if body.return_prompt_token_ids:
             choice["prompt_token_ids"] = list(asked.prompt_ids)
         if body.return_token_ids:
-            choice["token_ids"] = list(done.output_ids)
+            choice["response_token_ids"] = list(done.output_ids)
         prompt, answer = len(asked.prompt_ids), len(done.output_ids)
+        reasoned = self._reasoning_tokens(asked, done)
         response: dict[str, Any] = {
             "id": asked.rid,
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": self._model,
+            "model": body.model or self._model,
             "choices": [choice],
             "usage": {
                 "prompt_tokens": prompt,
                 "total_tokens": prompt + answer,
                 "completion_tokens": answer,
                 "prompt_tokens_details": None,
+                "reasoning_tokens": reasoned,
+                "completion_tokens_details": {"reasoning_tokens": reasoned} if reasoned else None,
             },
-            "metadata": {"weight_version": version},
+            "metadata": _versions(done, version),
         }
         routes = self._routes(asked, done) if body.return_routed_experts else None
         if body.return_meta_info:
-            meta = self._meta(asked, done, version)
+            meta = self._meta(asked, done, version) | {"reasoning_tokens": reasoned}
             if body.logprobs:
                 meta |= self._meta_logprobs(done, text=True, top=bool(body.top_logprobs))
             if routes is not None:
@@ -116,7 +121,7 @@ class Answers:
         """The assistant's message and whether it calls tools."""
         text, reasoning = self._text(asked.params, done), None
         if self._reasoning and body.separate_reasoning:
-            reasoning, text = split_reasoning(text, opened=self._piece(asked.prompt_ids[-1]).strip() == THINK)
+            reasoning, text = split_reasoning(text, opened=self._thinks(asked))
         calls: tuple[Mapping[str, Any], ...] = ()
         if self._tool_calls and body.offered_tools:
             parsed = parse_tool_calls(text, body.offered_tools)
@@ -124,7 +129,18 @@ class Answers:
         # SGLang sends content null only where tool calls took all of the text.
         content = None if calls and not text else text
         message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-        return message | {"tool_calls": [dict(call) for call in calls] or None}, bool(calls)
+        return message | ({"tool_calls": [dict(call) for call in calls]} if calls else {}), bool(calls)
+
+    def _thinks(self, asked: Asked) -> bool:
+        """Whether the answer starts inside the reasoning."""
+        return self._piece(asked.prompt_ids[-1]).strip() == THINK
+
+    def _reasoning_tokens(self, asked: Asked, done: Completion) -> int:
+        """How many tokens the reasoning took, its closing tag counted: SGLang's count, which asks no parser."""
+        if not self._reasoning or not self._thinks(asked):
+            return 0
+        closing = (place for place, token in enumerate(done.output_ids, 1) if self._piece(token).strip() == END_THINK)
+        return next(closing, len(done.output_ids))
 
     def _text(self, params: SamplingParams, done: Completion) -> str:
         ids, matched = list(done.output_ids), done.finish_reason.get("matched")
@@ -140,14 +156,15 @@ class Answers:
             "id": asked.rid,
             "finish_reason": done.finish_reason,
             "prompt_tokens": len(asked.prompt_ids),
-            "weight_version": done.weight_versions[-1][0] if done.weight_versions else version,
-            "weight_versions": [
-                {"version": name, "start": start, "end": end} for name, start, end in done.weight_versions
-            ],
-            "total_retractions": done.retractions,
+            **_versions(done, version),
+            "num_retractions": done.retractions,
+            "reasoning_tokens": 0,
             "completion_tokens": len(done.output_ids),
             "cached_tokens": 0,
+            "cached_tokens_details": None,
+            "dp_rank": None,
             "e2e_latency": time.perf_counter() - asked.started,
+            "response_sent_to_client_ts": time.time(),
         }
 
     def _meta_logprobs(self, done: Completion, *, text: bool, top: bool) -> dict[str, Any]:
@@ -160,13 +177,17 @@ class Answers:
             "output_token_logprobs_length": len(done.output_ids),
         }
         if top:
+            meta["input_top_logprobs"] = []
             meta["output_top_logprobs"] = [[entry(*pair) for pair in pairs] for pairs in done.top_logprobs]
         return meta
 
     def _chat_logprobs(self, done: Completion) -> dict[str, Any]:
         def entry(logprob: float, token: int) -> dict[str, Any]:
-            piece = self._piece(token)
-            return {"token": piece, "bytes": list(piece.encode()), "logprob": max(logprob, LOWEST_LOGPROB)}
+            return {
+                "token": self._piece(token),
+                "bytes": self._bytes(token),
+                "logprob": max(logprob, LOWEST_LOGPROB),
+            }
 
         content = []
         for row, (logprob, token) in enumerate(zip(done.logprobs, done.output_ids, strict=True)):
@@ -187,3 +208,18 @@ class Answers:
         if token not in self._pieces:
             self._pieces[token] = self._tokenizer.decode([token], skip_special_tokens=False)
         return self._pieces[token]
+
+    def _bytes(self, token: int) -> list[int]:
+        """The bytes that a token stands for: those of its text, unless it is a part of a character."""
+        piece = self._piece(token)
+        if "\ufffd" in piece:
+            spelt = self._tokenizer.convert_ids_to_tokens(token)
+            if all(letter in _BYTES for letter in spelt):
+                return [_BYTES[letter] for letter in spelt]
+        return list(piece.encode())
+
+
+def _versions(done: Completion, version: str) -> dict[str, Any]:
+    """Which weights made the answer: the last ones' name, and spans over the output tokens."""
+    spans = [{"version": name, "start": start, "end": end} for name, start, end in done.weight_versions]
+    return {"weight_version": spans[-1]["version"] if spans else version, "weight_versions": spans}

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from pacenote.rollout.embedded_answer import Answers, Asked
@@ -30,8 +31,10 @@ from pacenote.rollout.embedded_model import Runner
 from pacenote.rollout.embedded_prompt import Prompts
 from pacenote.rollout.embedded_protocol import (
     AbortBody,
+    BodyError,
     ChatBody,
     GenerateBody,
+    ParameterError,
     PauseBody,
     UpdateBody,
     describe,
@@ -99,8 +102,8 @@ class Frontend:
         body = await _read(http, GenerateBody)
         if body.stream:
             raise RequestError("stream=true is not supported by the embedded engine: ask without it.")
-        if (body.text is None) == (body.input_ids is None):
-            raise RequestError("Either text or input_ids should be provided, and not both.")
+        if body.text is None and body.input_ids is None:
+            raise RequestError("Either text, input_ids or input_embeds should be provided.")
         if body.logprob_start_len != -1:
             raise RequestError("logprob_start_len is not supported by the embedded engine: leave it out.")
         ids = (
@@ -110,7 +113,7 @@ class Frontend:
             http,
             rid=body.rid,
             ids=ids,
-            params=body.sampling_params.params() if body.sampling_params else SamplingParams(max_new_tokens=128),
+            params=body.params(),
             routes_from=body.routed_experts_start_len,
             record=body.return_routed_experts,
             top=body.top_logprobs_num if body.return_logprob else 0,
@@ -140,9 +143,13 @@ class Frontend:
             {
                 "model_path": str(self._runner.path),
                 "tokenizer_path": str(self._config.model_path),
+                "served_model_name": self._name,
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": self._engine.weight_version,
+                "tool_call_parser": self._config.tool_call_parser,
+                "reasoning_parser": self._config.reasoning_parser,
+                "disaggregation_mode": "null",
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
                 "model_type": fields.get("model_type"),
@@ -190,15 +197,16 @@ class Frontend:
         load = self._engine.load()
         total = self._config.max_running_requests * self._runner.context_length
         entry = {
+            "timestamp": time.time(),
             "dp_rank": 0,
             "num_running_reqs": load.running,
             "num_waiting_reqs": load.waiting,
-            "num_total_reqs": load.running + load.waiting,
             "num_used_tokens": load.used_tokens,
             "max_total_num_tokens": total,
             "token_usage": load.used_tokens / total,
         }
-        return _json({"timestamp": time.time(), "version": VERSION, "dp_rank_count": 1, "loads": [entry]})
+        when = datetime.now(UTC).isoformat()
+        return _json({"timestamp": when, "version": VERSION, "num_accelerators": 1, "loads": [entry]})
 
     async def update_weights(self, http: HttpRequest) -> Response:
         """POST /update_weights_from_disk: 200 if the weights serve now, else 400; the body says so."""
@@ -216,14 +224,17 @@ class Frontend:
     async def flush_cache(self, http: HttpRequest) -> Response:
         """GET | POST /flush_cache: 400 while requests run."""
         flushed = await asyncio.wrap_future(self._engine.flush())
-        text = "Cache flushed.\n" if flushed else "Cache not flushed: requests are running.\n"
-        return PlainTextResponse(text, 200 if flushed else 400)
+        text = (
+            "Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, "
+            "the operation will not be performed.)\n"
+        )
+        return Response(text if flushed else "Flush cache failed.\n", 200 if flushed else 400)
 
     async def pause(self, http: HttpRequest) -> Response:
         """POST /pause_generation."""
         body = await _read(http, PauseBody)
         await asyncio.wrap_future(self._engine.pause(body.mode))
-        return _json({"status": "ok", "message": f"Generation paused successfully ({body.mode})."})
+        return _json({"status": "ok", "message": "Generation paused successfully."})
 
     async def resume(self, http: HttpRequest) -> Response:
         """POST /continue_generation."""
@@ -367,6 +378,10 @@ def _guarded(handler: Handler, path: str) -> Handler:
     async def answer(http: HttpRequest) -> Response:
         try:
             return await handler(http)
+        except ParameterError as error:
+            return _json({"error": str(error)}, error.status)
+        except BodyError as error:
+            return _json(openai_error(str(error), error.status, "Bad Request"), error.status)
         except RequestError as error:
             body = generate_error(str(error)) if path == "/generate" else openai_error(str(error), error.status)
             return _json(body, error.status)
@@ -386,9 +401,9 @@ async def _read(http: HttpRequest, kind: type[Body]) -> Body:
     try:
         return kind.model_validate(orjson.loads(raw) if raw else {})
     except orjson.JSONDecodeError as error:
-        raise RequestError(f"The body is not valid JSON: {error}") from error
+        raise BodyError(f"The body is not valid JSON: {error}") from error
     except ValidationError as error:
-        raise RequestError(describe(error)) from error
+        raise BodyError(describe(error)) from error
 
 
 async def _disconnected(http: HttpRequest) -> None:

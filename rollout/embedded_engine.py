@@ -286,17 +286,17 @@ class Engine:
     def _enqueue(self, request: Request) -> None:
         (self._waiting if self._update is None else self._held).append(request)
 
-    def _abort(self, rid: str | None, message: str = "Abort in response to a request.", *, exact: bool = False) -> None:
+    def _abort(self, rid: str | None, message: str = "Aborted", *, exact: bool = False) -> None:
         def chosen(request: Request) -> bool:
             return rid is None or request.rid == rid or (not exact and request.rid.startswith(rid))
 
         for request in [request for request in self._running if chosen(request)]:
             self._leave(request)
-            request.complete({"type": "abort", "message": message})
+            request.abort(message)
         for queue in (self._waiting, self._held):
             for request in [request for request in queue if chosen(request)]:
                 queue.remove(request)
-                request.complete({"type": "abort", "message": message})
+                request.abort(message)
         self._apply_update_when_idle()
 
     def _fail(self, message: str) -> None:
@@ -309,7 +309,7 @@ class Engine:
     def _pause(self, mode: PauseMode) -> None:
         self._paused = True
         if mode == "abort":
-            self._abort(None, "Aborted by pause_generation.")
+            self._abort(None)
         elif mode == "retract":
             for request in self._running:
                 request.retractions += 1

@@ -12,9 +12,17 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pacenote.rollout.embedded_request import RequestError, SamplingParams
+
+
+class BodyError(RequestError):
+    """A body that is not JSON or whose fields have other types: refused before anybody looks at what it asks."""
+
+
+class ParameterError(RequestError):
+    """`sampling_params` with a field of another type, or one that there is not."""
 
 
 class _Body(BaseModel):
@@ -34,6 +42,10 @@ class _Unsupported(_Body):
     structural_tag: str | None = None
     stop_regex: str | list[str] | None = None
     custom_logit_processor: Any = None
+    custom_params: Any = None
+    beam_width: int | None = None
+    watermark: Any = None
+    choice: Any = None
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError if a feature is asked for that would be dropped in silence otherwise."""
@@ -50,7 +62,9 @@ class _Unsupported(_Body):
 
 
 class SamplingBody(_Unsupported):
-    """`sampling_params` of /generate."""
+    """`sampling_params` of /generate. Unlike elsewhere, SGLang refuses a name that it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
 
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
@@ -65,6 +79,8 @@ class SamplingBody(_Unsupported):
     skip_special_tokens: bool = True
     sampling_seed: int | None = None
     logit_bias: dict[int, float] | None = None
+    spaces_between_special_tokens: bool | None = None  # transformers' fast tokenizers have no such choice
+    stream_interval: int | None = None  # nothing is streamed
 
     def params(self) -> SamplingParams:
         """Checked sampling parameters."""
@@ -91,7 +107,7 @@ class GenerateBody(_Body):
 
     text: str | None = None
     input_ids: list[int] | None = None
-    sampling_params: SamplingBody | None = None
+    sampling_params: dict[str, Any] | None = None
     rid: str | None = None
     return_logprob: bool = False
     logprob_start_len: int = -1
@@ -101,11 +117,18 @@ class GenerateBody(_Body):
     routed_experts_start_len: int = 0
     stream: bool = False
 
+    def params(self) -> SamplingParams:
+        """Checked sampling parameters."""
+        try:
+            return SamplingBody.model_validate(self.sampling_params or {}).params()
+        except ValidationError as error:
+            raise ParameterError(describe(error)) from error
+
 
 class ChatBody(_Unsupported):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]]
     model: str | None = None
     input_ids: list[int] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -141,6 +164,8 @@ class ChatBody(_Unsupported):
     def params(self) -> SamplingParams:
         """Checked sampling parameters; fields that are left out take OpenAI's defaults."""
         self.refuse_unsupported()
+        if not self.messages:
+            raise RequestError("Messages cannot be empty.")
         if (self.response_format or {}).get("type", "text") != "text":
             raise RequestError("response_format is not supported by the embedded engine: leave it out.")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -195,9 +220,9 @@ def describe(error: ValidationError) -> str:
     return f"{error.error_count()} validation errors: {where}: {first['msg']}"
 
 
-def openai_error(message: str, status: int) -> dict[str, Any]:
-    """The body of a failed /v1 call: SGLang's flat `ErrorResponse`."""
-    kind = "BadRequestError" if status < 500 else "InternalServerError"
+def openai_error(message: str, status: int, kind: str | None = None) -> dict[str, Any]:
+    """The body of a failed /v1 call, and of any whose own body cannot be read: SGLang's flat `ErrorResponse`."""
+    kind = kind or ("BadRequestError" if status < 500 else "InternalServerError")
     return {"object": "error", "message": message, "type": kind, "param": None, "code": status}
 
 

@@ -107,7 +107,7 @@ class Completion:
         logprobs: N floats, of the temperature-scaled distribution before top-k, top-p and min-p.
         top_logprobs: per token the best (logprob, id) pairs, if they were asked for.
         finish_reason: {"type": "stop", "matched": id or text} | {"type": "length", "length": N} |
-            {"type": "abort", "message": text}.
+            {"type": "abort", "message": text, "status_code": None, "err_type": None}.
         rows: experts uint8 | uint16 [R, L, K] of the tokens 0..P+N-2, or None.
         weight_versions: spans (version, start, end) over the output tokens.
         retractions: how often the request was sent back to the queue.
@@ -184,14 +184,19 @@ class Request:
         return len(self.prompt_ids) + len(self.output_ids)
 
     def add_rows(self, rows: NDArray[Any], start: int) -> None:
-        """Keep the routing rows [R, L, K] of the inputs start..start+R-1, but only those not recorded before.
+        """Keep the routing rows [R, L, K] of the inputs start..start+R-1.
 
-        A retracted request computes its rows again under newer weights; the first ones belong to the logprobs.
+        A retracted request computes its rows again, and these are the ones that it keeps, as SGLang does: under newer
+        weights they are not those that its first logprobs belong to, which the count of retractions tells.
         """
         if self.record_routes:
-            known = sum(len(part) for part in self.routes)
-            if len(rows) > known - start:
-                self.routes.append(rows[known - start :])
+            if start == 0:
+                self.routes.clear()
+            self.routes.append(rows)
+
+    def abort(self, message: str) -> None:
+        """Resolve the future with what there is."""
+        self.complete({"type": "abort", "message": message, "status_code": None, "err_type": None})
 
     def complete(self, finish_reason: dict[str, Any]) -> None:
         """Resolve the future."""

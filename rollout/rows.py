@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pacenote.replay.errors import PayloadError
-from pacenote.replay.record import CACHED, DECODE, MISSING, PREFILL, RoutingRecord
+from pacenote.replay.record import CACHED, DECODE, MISSING, PREFILL, RECOMPUTED, RoutingRecord
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.replay.vllm import decode_vllm
 from pacenote.replay.wire import decode_sglang
@@ -47,6 +47,7 @@ def read_rows(
     versions: NDArray[np.int32],
     cached: int,
     start: int,
+    recomputed: int = 0,
 ) -> Rows:
     """The rows of one answer.
 
@@ -57,18 +58,19 @@ def read_rows(
         versions: [G] int32, weight version of each generated token.
         cached: prompt tokens that the engine took from its cache.
         start: the row from which on rows were asked for: H or less.
+        recomputed: rows below this one were computed anew by the last version, after others had sampled their tokens.
 
     Raises:
         PayloadError: neither the rows that were asked for nor all of them, an expert that the model does not have, or
             held rows that came back as another prefix's.
     """
     try:
-        record = _decode(payload, prompt, geometry, versions=versions, cached=cached, start=start)
+        record = _decode(payload, prompt, geometry, versions, cached, start, recomputed)
     except PayloadError as error:
         if not start:
             raise
         try:
-            record = _decode(payload, prompt, geometry, versions=versions, cached=cached, start=0)
+            record = _decode(payload, prompt, geometry, versions, cached, 0, recomputed)
         except PayloadError:
             raise error from None
         return _prove(record, prompt, 0, "the engine sent all rows again")
@@ -76,7 +78,13 @@ def read_rows(
 
 
 def _decode(
-    payload: str, prompt: Prompt, geometry: RoutingGeometry, *, versions: NDArray[np.int32], cached: int, start: int
+    payload: str,
+    prompt: Prompt,
+    geometry: RoutingGeometry,
+    versions: NDArray[np.int32],
+    cached: int,
+    start: int,
+    recomputed: int,
 ) -> RoutingRecord:
     """Rows from `start` to the last but one token."""
     places = np.arange(start, prompt.length + len(versions) - 1)
@@ -84,6 +92,8 @@ def _decode(
     provenance = np.where(places < min(cached, prompt.length), CACHED, provenance).astype(np.uint8)
     # A generated token's own row is computed when the next token is.
     writers = np.concatenate([np.repeat(versions[:1], prompt.length), versions[1:]])
+    writers[:recomputed] = versions[-1]
+    provenance[places < recomputed] = RECOMPUTED
     decode = decode_vllm if isinstance(payload, str) and payload.startswith(_NUMPY) else decode_sglang
     return decode(payload, geometry, rows=len(places), provenance=provenance, version=writers[places])
 

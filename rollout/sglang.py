@@ -274,6 +274,18 @@ def _versions(meta: Mapping[str, Any], generated: int) -> tuple[NDArray[np.int32
     return versions, name
 
 
+def _recomputed(meta: Mapping[str, Any], prompt: int) -> int:
+    """Rows that a retraction had computed anew by other weights than those that sampled their tokens.
+
+    SGLang gives such a request its rows of the second time: those of the last weights, up to the last token that older
+    ones sampled. Which of several retractions and updates came first it does not say, so this is the most they can be.
+    """
+    spans = meta.get("weight_versions")
+    if not meta.get("num_retractions") or not isinstance(spans, list) or len(spans) < 2:
+        return 0
+    return prompt + int(spans[-1]["start"]) - 1
+
+
 def _number(version: str) -> int:
     return int(version) if re.fullmatch(r"\d{1,9}", version) else -1
 
@@ -300,7 +312,15 @@ def _rows(
         raise UpstreamError(f"expected cached_tokens as a number from the engine, got {cached!r}")
     first = prompt.rows_held if start is None else start
     try:
-        return read_rows(payload, prompt, geometry, versions=versions, cached=cached, start=first)
+        return read_rows(
+            payload,
+            prompt,
+            geometry,
+            versions=versions,
+            cached=cached,
+            start=first,
+            recomputed=_recomputed(meta, prompt.length),
+        )
     except ReplayError as error:
         raise UpstreamError(f"routes from the engine: {error}") from error
 

@@ -73,16 +73,18 @@ def split_reasoning(text: str, *, opened: bool) -> tuple[str | None, str]:
         text: the model's answer.
         opened: the prompt ended with <think>, so that the text starts inside the reasoning.
 
-    Reasoning that never ends (the answer ran into its length) takes the whole text, as in SGLang.
+    As SGLang's: white space stays, a tool call ends reasoning that does not end itself, and else such reasoning (the
+    answer ran into its length) takes the whole text.
     """
-    if text.lstrip().startswith(THINK):
-        text, opened = text.lstrip()[len(THINK) :], True
-    if not opened:
+    if not opened and THINK not in text:
         return None, text
+    while text.startswith(THINK):
+        text = text[len(THINK) :]
     reasoning, closed, content = text.partition(END_THINK)
     if not closed:
-        return text.strip() or None, ""
-    return reasoning.strip() or None, content.strip()
+        reasoning, call, rest = text.partition("<tool_call>")
+        content = call + rest
+    return reasoning or None, content
 
 
 def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

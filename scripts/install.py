@@ -26,6 +26,8 @@ CLIENTS_IMPORT = (
     "toml",
 )  # fmt: skip
 
+SGLANG = "sglang==0.5.23"
+PROTOCOL_IMPORTS = ("ipython", "msgspec", "pybase64")
 GATEWAYS = ("smg==1.13.0", "sglang-router==0.3.2", "sglang-router==0.2.1", "sglang-router==0.1.9")
 
 
@@ -52,6 +54,13 @@ def install_gateways() -> None:
     for release in GATEWAYS:
         if not pip("--no-deps", "--target", str(VENV / "gateways" / release), release, check=False):
             print(f"install: {release} could not be installed; tests in front of it will be skipped", flush=True)
+
+
+def install_protocol() -> None:
+    """SGLang's own classes of its HTTP bodies, with what they import; its server is scripts/install_sglang.py's."""
+    words = ("--target", str(VENV / "sglang"), "-c", str(ROOT / "constraints-sglang.txt"))
+    if not pip("--no-deps", *words, SGLANG, check=False) or not pip(*words, *PROTOCOL_IMPORTS, check=False):
+        print(f"install: {SGLANG} could not be installed; the test against its protocol will be skipped", flush=True)
 
 
 def digest() -> str:
@@ -107,6 +116,7 @@ def main() -> None:
     install_megatron()
     install_clients()
     install_gateways()
+    install_protocol()
     stamp.write_text(wanted)
 
 

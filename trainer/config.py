@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.checkpoint import CheckpointConfig
 from pacenote.trainer.collect import RolloutConfig
+from pacenote.trainer.fleet import EngineKind
 from pacenote.trainer.hf import OptimConfig
 from pacenote.trainer.model import TinyShape
 from pacenote.trainer.step import ReplayMode
@@ -45,6 +46,9 @@ class RunConfig:
     """Run folder; none: runs/<recipe>-<time>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer runs."""
+    engine: EngineKind = "embedded"
+    """What this machine serves the model with: embedded, or sglang-cpu, real SGLang from the environment that
+    `python scripts/install_sglang.py` makes. With --rollout.upstream nothing is started here."""
     exact: bool = False
     """Logprobs of engine and trainer equal to the last bit: on a CPU, both in float32, in a form in which no number
     depends on the batch; slower. The engine's number format is then float32, whatever else is said."""
@@ -79,6 +83,7 @@ class RunConfig:
                 raise ValueError(f"--{name} expects at least {least}, got {value}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads expects at least 1, got {self.threads}")
+        self._check_engine()
         if self.exact:
             self._check_exact()
         if self.rollout.temperature <= 0:
@@ -89,6 +94,21 @@ class RunConfig:
             raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
         if self.optim.lr <= 0 or self.optim.grad_clip <= 0:
             raise ValueError("--optim.lr and --optim.grad-clip expect numbers above 0")
+
+    def _check_engine(self) -> None:
+        """What real SGLang on a CPU goes with."""
+        if self.engine == "embedded":
+            return
+        if self.rollout.upstream is not None:
+            raise ValueError(
+                f"--engine {self.engine} starts an engine here, --rollout.upstream names one: leave one out"
+            )
+        if self.exact:
+            raise ValueError(f"--exact expects the embedded engine, got --engine {self.engine}: it computes otherwise")
+        if self.rollout.engine_device not in ("auto", "cpu"):
+            raise ValueError(
+                f"--engine {self.engine} expects --rollout.engine-device cpu, got {self.rollout.engine_device}"
+            )
 
     def _check_exact(self) -> None:
         """What engine and trainer must share to be equal."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from pacenote.rollout.launch import Service, ServiceError, engine_command, free_port, sessions_command
+from pacenote.rollout.sglang_cpu import cpu_command, cpu_environment, find_python
 from pacenote.trainer import sync
 from pacenote.trainer.collect import RolloutConfig
 from pacenote.trainer.errors import EngineDied, TrainerError
 
 START_TIMEOUT = 180.0  # seconds; a cold import of torch and transformers on a busy machine takes tens of them
+EngineKind = Literal["embedded", "sglang-cpu"]
 GRACE = 2.0  # seconds between an answer that failed and the process that is seen dead
 
 
@@ -19,10 +23,19 @@ class Fleet:
     """Starts the servers, gives the engine its weights, restarts it when it dies, stops what it started."""
 
     def __init__(
-        self, config: RolloutConfig, *, weights: Path, logs: Path, seed: int, device: str, exact: bool = False
+        self,
+        config: RolloutConfig,
+        *,
+        weights: Path,
+        logs: Path,
+        seed: int,
+        device: str,
+        exact: bool = False,
+        engine: EngineKind = "embedded",
     ) -> None:
         """Remember what to start (`device` is the trainer's, and so is the format of an `exact` engine's weights);
         nothing runs before `start`."""
+        self.engine = engine
         self.config, self.weights, self.logs, self.seed, self.exact = config, weights, logs, seed, exact
         self.device = device if config.engine_device == "auto" else config.engine_device
         self.serving: int | None = None
@@ -121,6 +134,18 @@ class Fleet:
                 service.stop()
 
     def _start_engine(self, model: Path, version: int, port: int) -> Service:
+        log = self.logs / "engine.log"
+        if self.engine == "sglang-cpu":
+            command = cpu_command(
+                find_python(),
+                model,
+                port=port,
+                dtype=self.config.engine_dtype,
+                weight_version=str(version),
+                random_seed=self.seed,
+                max_running_requests=min(self.config.concurrency, 128),
+            )
+            return _start("SGLang", command, port, log, env=cpu_environment(self.config.engine_threads))
         command = engine_command(
             model,
             port=port,
@@ -132,11 +157,24 @@ class Fleet:
             max_running_requests=min(self.config.concurrency, 128),
             exact=self.exact,
         )
-        return _start("the engine", command, port, self.logs / "engine.log")
+        return _start("the engine", command, port, log)
 
 
-def _start(name: str, command: list[str], port: int, log: Path) -> Service:
-    service = Service(name, command, url=f"http://127.0.0.1:{port}", log=log)
+def check_engine(engine: EngineKind) -> None:
+    """Before anything else is done.
+
+    Raises:
+        ValueError: what this machine should serve with is not installed; the text says how to install it.
+    """
+    if engine == "sglang-cpu":
+        try:
+            find_python()
+        except ServiceError as error:
+            raise ValueError(f"--engine sglang-cpu: {error}") from error
+
+
+def _start(name: str, command: list[str], port: int, log: Path, env: Mapping[str, str] | None = None) -> Service:
+    service = Service(name, command, url=f"http://127.0.0.1:{port}", log=log, env=env)
     try:
         service.start()
     except ServiceError as error:

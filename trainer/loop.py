@@ -19,7 +19,7 @@ from pacenote.trainer.collect import Episode, Watch, check_versions, collect
 from pacenote.trainer.config import RunConfig
 from pacenote.trainer.display import Display
 from pacenote.trainer.errors import EngineDied, NotFinite, TrainerError
-from pacenote.trainer.fleet import Fleet
+from pacenote.trainer.fleet import Fleet, check_engine
 from pacenote.trainer.game import Game
 from pacenote.trainer.hf import HfBackend
 from pacenote.trainer.interrupt import Interrupt
@@ -36,6 +36,7 @@ def train(config: RunConfig) -> RunDir:
         ValueError: the configuration cannot work; nothing was started.
         TrainerError: the run stopped early; the message says how to go on.
     """
+    check_engine(config.engine)
     game = Game.load(config)
     device = pick_device(config)
     run = RunDir.create(config)
@@ -52,6 +53,7 @@ def resume(root: Path) -> RunDir:
         TrainerError: the run stopped early; the message says how to go on.
     """
     run, config = RunDir.open(root)
+    check_engine(config.engine)
     game = Game.load(config)
     step, path = checkpoint.latest(run.checkpoints)
     backend = make_backend(config, path / "model", pick_device(config))
@@ -99,6 +101,7 @@ def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, firs
                 seed=config.seed,
                 device=backend.device,
                 exact=config.exact,
+                engine=config.engine,
             )
         )
         log = stack.enter_context(metrics.MetricsLog(run.metrics, first_step=first))

@@ -70,7 +70,8 @@ def _generate(http: httpx.Client, *, ids: list[int] | None = None, **fields: Any
 
 
 def _running(http: httpx.Client) -> int:
-    return int(http.get("/v1/loads").json()["loads"][0]["num_total_reqs"])
+    load = http.get("/v1/loads").json()["loads"][0]
+    return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
 def _wait(what: Any, timeout: float = 20.0) -> bool:
@@ -152,7 +153,7 @@ def test_openai_sdk_and_chat_template(service: Service, http: httpx.Client, tiny
     extra = answer.choices[0].model_extra
     assert extra is not None
     assert extra["prompt_token_ids"] == tokenizer.encode(text, add_special_tokens=False)
-    assert answer.choices[0].message.content == tokenizer.decode(extra["token_ids"], skip_special_tokens=True)
+    assert answer.choices[0].message.content == tokenizer.decode(extra["response_token_ids"], skip_special_tokens=True)
     with pytest.raises(BadRequestError, match="longer than the model's context length"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 400}])
 
@@ -192,7 +193,7 @@ def test_a_forced_stop_token_ends_the_answer(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"messages": []}, "messages"),
+        ({"messages": []}, "Messages cannot be empty"),
         ({"messages": None}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"temperature": -1}, "temperature must be non-negative"),
@@ -221,17 +222,38 @@ def test_bad_chats_get_400_in_sglangs_shape(http: httpx.Client, fields: dict[str
     answer = http.post("/v1/chat/completions", json={"messages": USER, "input_ids": PROMPT, **fields})
     assert answer.status_code == 400, answer.text
     body = answer.json()
-    assert (body["object"], body["type"], body["code"], body["param"]) == ("error", "BadRequestError", 400, None)
+    kind = "Bad Request" if "validation error" in body["message"] else "BadRequestError"
+    assert (body["object"], body["type"], body["code"], body["param"]) == ("error", kind, 400, None)
     assert re.search(words, body["message"])
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"[]", b"{}", b'{"text": "a", "input_ids": [1]}', b'{"input_ids": [1], "sampling_params": {"n": 2}}']
+    ("body", "kind"),
+    [
+        (b"{", "unread"),
+        (b"[]", "unread"),
+        (b"{}", "refused"),
+        (b'{"input_ids": [1], "sampling_params": {"n": 2}}', "refused"),
+        (b'{"input_ids": [1], "sampling_params": {"surprise": 2}}', "parameter"),
+        (b'{"input_ids": [1], "sampling_params": {"temperature": "hot"}}', "parameter"),
+    ],
 )
-def test_bad_generates_get_400(http: httpx.Client, body: bytes) -> None:
+def test_bad_generates_get_400(http: httpx.Client, body: bytes, kind: str) -> None:
+    """Three shapes as SGLang's: for bodies that cannot be read, for requests refused, for sampling parameters."""
     answer = http.post("/generate", content=body)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"]
+    said = answer.json()
+    if kind == "unread":
+        assert (said["object"], said["type"]) == ("error", "Bad Request")
+    else:
+        assert said["error"] if kind == "parameter" else said["error"]["message"]
+        assert isinstance(said["error"], str) == (kind == "parameter")
+
+
+def test_ids_come_before_text(http: httpx.Client) -> None:
+    greedy = {"max_new_tokens": 3, "temperature": 0}
+    both = _generate(http, text="hi", sampling_params=greedy)
+    assert both["output_ids"] == _generate(http, sampling_params=greedy)["output_ids"]
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:

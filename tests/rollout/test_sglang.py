@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pacenote.replay.record import CACHED, DECODE, PREFILL
+from pacenote.replay.record import CACHED, DECODE, PREFILL, RECOMPUTED
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.rollout.errors import BadRequest, ContextOverflow, UpstreamError
 from pacenote.rollout.sglang import CLIENT_FIELDS, chat_body, read_reply, refusal
@@ -120,6 +120,23 @@ def test_weight_versions_by_span(prompt: Prompt, body: dict[str, Any], answer: A
     made = read_reply(json.dumps(raw).encode(), prompt, None).answer
     assert made.versions.tolist() == [3, 4, 4]
     assert made.version_name == "4"
+
+
+@pytest.mark.parametrize(("retractions", "named"), [(1, "34"), (0, "34"), (1, "ab")])
+def test_rows_that_a_retraction_computed_anew(
+    prompt: Prompt, body: dict[str, Any], answer: Answer, geometry: RoutingGeometry, retractions: int, named: str
+) -> None:
+    """SGLang sends the second time's rows: the last weights', where older ones sampled the tokens."""
+    spans = [{"version": named[0], "start": 0, "end": 2}, {"version": named[1], "start": 2, "end": 4}]
+    raw = answer(body, [50, 51, 52, 53], version=named[1], weight_versions=spans, num_retractions=retractions)
+    made = read_reply(json.dumps(raw).encode(), prompt, geometry).answer
+    assert made.rows is not None
+    old, new = (int(name) if name.isdigit() else -1 for name in named)
+    # Row 1 of the answer is read by the weights that sample token 2: it is theirs in either case.
+    fresh = prompt.length - prompt.rows_held
+    first = [RECOMPUTED] * (fresh + 1) if retractions else [PREFILL] * fresh + [DECODE]
+    assert made.rows.provenance.tolist() == [*first, DECODE, DECODE]
+    assert made.rows.version.tolist() == [new if retractions else old] * (fresh + 1) + [new] * 2
 
 
 def meta(**fields: Any) -> Callable[[dict[str, Any]], None]:
