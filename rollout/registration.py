@@ -87,7 +87,8 @@ class Router:
     def __init__(self, config: RouterConfig | str) -> None:
         self.config = RouterConfig(url=config) if isinstance(config, str) else config
         headers = {} if self.config.api_key is None else {"authorization": f"Bearer {self.config.api_key}"}
-        self._client = httpx.Client(base_url=self.config.url, headers=headers, trust_env=False)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=self.config.url, headers=headers, trust_env=False, limits=limits)
         self._dialect = DIALECTS.get(self.config.dialect)
         self._jobs: dict[str, str] = {}  # URL -> the router's id of a registration that it works on
 
@@ -252,7 +253,10 @@ class Router:
                 f"{worker.url} is a {worker.role} worker, but the router {self.url} lists it as {listed.role}: "
                 f"{self._other_way(worker)}"
             )
-        if None not in (listed.bootstrap_port, worker.bootstrap_port) and listed.bootstrap_port != worker.bootstrap_port:
+        if (
+            None not in (listed.bootstrap_port, worker.bootstrap_port)
+            and listed.bootstrap_port != worker.bootstrap_port
+        ):
             raise RoleMismatch(
                 f"{worker.url} has bootstrap port {worker.bootstrap_port}, but the router {self.url} lists it with "
                 f"{listed.bootstrap_port}: remove it there first"

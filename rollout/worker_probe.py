@@ -70,7 +70,10 @@ class Probe:
     """
 
     def __init__(self, *, timeout: float = 5.0, generate_timeout: float = 30.0) -> None:
-        self._client = httpx.Client(trust_env=False, timeout=timeout)
+        # No idle connections: one that the engine closed meanwhile would look like a failure.
+        self._client = httpx.Client(
+            trust_env=False, timeout=timeout, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        )
         self._generate_timeout = generate_timeout
 
     def health(self, url: str, *, generate: bool = False) -> None:
