@@ -75,6 +75,7 @@ class Frontend:
         self._prompts = Prompts(runner.tokenizer)
         self._live: set[str] = set()
         self._number = 0
+        self._instance = uuid.uuid4().hex
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
@@ -177,6 +178,7 @@ class Frontend:
                 "pp_size": 1,
                 "version": VERSION,
                 "status": "ready",
+                "instance_id": self._instance,  # not SGLang's: tells this start from the next on the same port
                 "internal_states": [{"weight_version": self._engine.weight_version, "num_running": load.running}],
             }
         )

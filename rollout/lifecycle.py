@@ -19,8 +19,8 @@ from pacenote.rollout.worker_probe import Probe, Sight
 
 Restart = Callable[[Worker], None]
 """Makes the engine of a worker serve `worker.wanted`: starts it again if it is dead, gives it its weights if it lives.
-Called in the thread that watches this worker; may take minutes. The pool checks the result; an exception counts as a
-restart that failed."""
+Called in the thread that watches this worker; may take minutes, and returns once the engine answers. The pool checks
+the result; an exception counts as a restart that failed."""
 _log = logging.getLogger(__name__)
 
 
@@ -107,8 +107,8 @@ class Lifecycle:
         except Superseded:
             self._undo(worker.url)
             raise
-        except WorkerError as error:
-            self._quarantine(worker, str(error))
+        except BaseException as error:  # also Ctrl-C: nothing may stay registered half way
+            self._quarantine(worker, str(error) or type(error).__name__)
             raise
 
     def check(self, worker: Worker) -> None:
@@ -146,9 +146,9 @@ class Lifecycle:
         """Quarantine a worker and take it off the router.
 
         Args:
-            instance: what its engine says about its start, if that is another one than before.
+            instance: what its engine says about its start, if that is another one than before; {} if its life ended.
         """
-        changes = {} if instance is None else {"instance": instance}
+        changes = {} if instance is None else {"instance": instance, "seen": None}
         gone = worker.to(State.QUARANTINED, reason=reason, successes=0, **changes)
         self._roster.swap(worker, gone, reborn=instance is not None)
         _log.warning("%s is quarantined: %s", worker.url, reason)
@@ -182,6 +182,7 @@ class Lifecycle:
             self.take_off(
                 self._roster.swap(worker, replace(worker, failures=failures)),
                 f"{failures} health checks in a row failed, the last one: {error}",
+                instance={} if isinstance(error, EngineGone) else None,
             )
             return
         if worker.failures:
@@ -206,18 +207,22 @@ class Lifecycle:
         try:
             self._probe.health(worker.url)
             sight = self._probe.look(worker.url)
-            if worker.restarted(sight.instance):
-                worker = self._roster.swap(worker, replace(worker, instance=sight.instance), reborn=True)
+            known = replace(worker, instance=sight.instance, seen=sight.version)
+            worker = self._roster.swap(worker, known, reborn=worker.restarted(sight.instance))
             sight.check(worker)
             self._probe.health(worker.url, generate=True)
+        except Superseded:
+            raise
         except WorkerError as error:
             failures = worker.failures + 1
+            if isinstance(error, EngineGone) and worker.seen is not None:  # its life has ended
+                worker = self._roster.swap(worker, replace(worker, seen=None, instance={}), reborn=True)
             worker = self._roster.swap(worker, replace(worker, failures=failures, successes=0, reason=str(error)))
             dead = isinstance(error, EngineGone) or failures >= 2 * self._config.fail_after
             if dead or isinstance(error, WrongWeights):
                 self._start_again(worker)
             return
-        well = replace(worker, failures=0, successes=worker.successes + 1, seen=sight.version, instance=sight.instance)
+        well = replace(worker, failures=0, successes=worker.successes + 1)
         worker = self._roster.swap(worker, well)
         if worker.successes >= self._config.return_after:
             self.bring_up(self._roster.swap(worker, worker.to(State.STARTING)))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,7 +64,7 @@ class WorkerPool:
         self._roster = Roster(listener)
         self._probe = Probe(timeout=self.config.timeout, generate_timeout=self.config.generate_timeout)
         self._lifecycle = Lifecycle(self._roster, self.router, self._probe, self.config, restart)
-        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._turns: dict[str, threading.Lock] = {}
         self._updating = threading.Lock()
         self._stop = threading.Event()
         self._watching: set[str] | None = None
@@ -77,24 +76,34 @@ class WorkerPool:
         """What the workers should serve."""
         return self._version
 
-    def add(self, url: str, role: str = "regular", bootstrap_port: int | None = None) -> Worker:
+    def add(self, url: str, role: str = "regular", bootstrap_port: int | None = None, *, keep: bool = False) -> Worker:
         """Verify a running engine's weights, register it and wait until it is current.
+
+        Args:
+            keep: if it does not become current keep it in the pool, quarantined, and return it: checks bring it up
+                when it is well, or restart it.
 
         Raises:
             ValueError: arguments that do not fit (a prefill worker without its bootstrap port, for example), or a URL
                 that is in the pool.
-            WorkerError: it did not become current; it is not in the pool, and off the router.
+            WorkerError: it did not become current, and `keep` is off; it is not in the pool, and off the router.
         """
+        if self._stop.is_set():
+            raise ValueError(f"expected an open pool to add {url} to, this one is closed: make a new one")
         worker = Worker(url=url, role=role, bootstrap_port=bootstrap_port, wanted=self._version)
         if self._farewell is not None:
             self._farewell.arm()
-        with self._turns[worker.url]:
+        with self._turn(worker.url):
             worker = self._roster.add(worker)
             try:
+                if worker.wanted != self._version:  # weights were exchanged in this moment
+                    worker = self._roster.swap(worker, replace(worker, wanted=self._version))
                 worker = self._lifecycle.bring_up(worker)
-            except BaseException:
-                self._forget(worker.url)
-                raise
+            except BaseException as error:
+                if not (keep and isinstance(error, WorkerError)):
+                    self._forget(worker.url)
+                    raise
+                worker = self._find(worker.url)
         self._watch_one(worker.url)
         return worker
 
@@ -123,7 +132,7 @@ class WorkerPool:
         try:
             self._drained(worker, drain)
         finally:
-            self._roster.swap(worker, worker.to(State.GONE))
+            self._forget(worker.url)
 
     def workers(self) -> tuple[Worker, ...]:
         """All workers, in the order in which they were added."""
@@ -174,7 +183,7 @@ class WorkerPool:
             ValueError: it is not in the pool.
         """
         self._find(url)
-        with self._turns[worker_url(url)]:
+        with self._turn(worker_url(url)):
             worker = self._roster.find(url)
             if worker is not None and not self._updating.locked():
                 self._lifecycle.check(worker)
@@ -193,7 +202,7 @@ class WorkerPool:
         if self.router is None:
             return ()
         before = self._roster.all()
-        listed = {entry.url for entry in self.router.listing()}
+        listed = {entry.url for entry in self.router.listing() if not entry.draining}
         odd = [w for w in before if w.at_router != (w.url in listed)]
         return tuple(worker.url for worker in odd if self._reconcile(worker))
 
@@ -243,6 +252,10 @@ class WorkerPool:
         """Close it."""
         self.close()
 
+    def _turn(self, url: str) -> threading.Lock:
+        """Held by whoever works on the worker."""
+        return self._turns.setdefault(url, threading.Lock())
+
     def _find(self, url: str) -> Worker:
         worker = self._roster.find(url)
         if worker is None:
@@ -270,7 +283,8 @@ class WorkerPool:
     def _judge_all(self, version: str) -> None:
         before = self._roster.all()
         with ThreadPoolExecutor(max_workers=max(1, min(32, len(before)))) as threads:
-            judged = dict(zip(map(id, before), threads.map(lambda w: self._lifecycle.judge(w, version), before)))
+            found = list(threads.map(lambda worker: self._lifecycle.judge(worker, version), before))
+        judged = {id(worker): after for worker, after in zip(before, found, strict=True)}
         self._version = version
         # One that changed meanwhile was not judged: what was seen of it is forgotten, and it has to prove itself.
         self._roster.swap_all(lambda worker: judged.get(id(worker)) or _unproven(worker, version))
@@ -283,7 +297,7 @@ class WorkerPool:
 
     def _reconcile(self, worker: Worker) -> bool:
         """Act on a difference, unless the worker is being worked on or has changed since it was seen."""
-        turn = self._turns[worker.url]
+        turn = self._turn(worker.url)
         if not turn.acquire(blocking=False):
             return False
         try:

@@ -1,15 +1,15 @@
 """Telling a router about workers, and reading back what it made of it.
 
-An answer of 200 or 202 proves nothing: some routers work in the background, and one registers prefill workers as regular
-ones and says that all is well. So every change is confirmed by the listing, and a worker that stands there as something
-else is taken off again and reported.
+An answer of 200 or 202 proves nothing: some routers work in the background, and one registers prefill workers as
+regular ones and says that all is well. So every change is confirmed by the listing, and a worker that stands there as
+something else is taken off again and reported.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,13 +128,18 @@ class Router:
     def add(self, worker: Worker) -> None:
         """Register a worker; returns once the router has accepted the call, which proves nothing: see `confirm`.
 
-        A worker that is listed already, in its role, is left as it is.
+        A worker that is listed already, in its role, is left as it is. One that is still draining is waited for.
 
         Raises:
             RoleMismatch: it is listed in another role.
+            NotConfirmed: it was removed before and is still draining.
             RouterRefused: the router said no.
             RouterError: no answer.
         """
+        self._wait_until(
+            lambda: not any(listed.draining for listed in self._listed(worker.url)),
+            f"the router {self.url} is still draining {worker.url}, which was removed before",
+        )
         if self._is_listed(worker):
             return
         dialect = self.dialect
@@ -166,7 +171,7 @@ class Router:
         """
         deadline, pause = time.monotonic() + self.config.confirm, _SHORTEST
         while True:
-            mine = [listed for listed in self.listing() if listed.url == worker.url]
+            mine = [listed for listed in self._listed(worker.url) if not listed.draining]
             try:
                 for listed in mine:
                     self._check_role(worker, listed)
@@ -186,7 +191,8 @@ class Router:
             pause = min(2 * pause, _LONGEST)
 
     def remove(self, *urls: str, timeout: float | None = None) -> tuple[str, ...]:
-        """Remove workers, by URL whatever the router calls them, and wait until none is listed.
+        """Remove workers, by URL whatever the router calls them, and wait until none gets requests any more: until it
+        is not listed, or listed as draining.
 
         Args:
             timeout: seconds for all of it; `confirm` of the configuration if None.
@@ -199,19 +205,17 @@ class Router:
             RouterError: no answer, or a refusal.
         """
         wanted = {worker_url(url) for url in urls}
-        deadline, pause = time.monotonic() + (self.config.confirm if timeout is None else timeout), _SHORTEST
         jobs = {url: self._jobs.pop(url) for url in wanted & self._jobs.keys()}
-        there = [listed for listed in self.listing() if listed.url in wanted]
-        pending = [Listed(url=url, id=job) for url, job in jobs.items() if not _has(there, url)]
-        for listed in [*there, *pending]:
+        there = self._listed(*wanted)
+        pending = [Listed(url=url, id=job) for url, job in jobs.items() if url not in {listed.url for listed in there}]
+        for listed in [*(entry for entry in there if not entry.draining), *pending]:
             self._remove(listed)
-        left = _has(there, *wanted)
-        while left and time.monotonic() < deadline:
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
-            left = _has(self.listing(), *wanted)
-        if left:
-            raise NotConfirmed(f"the router {self.url} still lists {', '.join(sorted(left))} after they were removed")
+        if there:
+            self._wait_until(
+                lambda: all(listed.draining for listed in self._listed(*wanted)),
+                f"the router {self.url} still lists {', '.join(sorted(wanted))} after removing them",
+                timeout=timeout,
+            )
         return tuple(sorted({listed.url for listed in there}))
 
     def close(self) -> None:
@@ -236,10 +240,21 @@ class Router:
         Raises:
             RoleMismatch: there, but otherwise.
         """
-        mine = [listed for listed in self.listing() if listed.url == worker.url]
+        mine = self._listed(worker.url)
         for listed in mine:
             self._check_role(worker, listed)
         return bool(mine)
+
+    def _listed(self, *urls: str) -> list[Listed]:
+        return [listed for listed in self.listing() if listed.url in urls]
+
+    def _wait_until(self, done: Callable[[], bool], otherwise: str, *, timeout: float | None = None) -> None:
+        deadline, pause = time.monotonic() + (self.config.confirm if timeout is None else timeout), _SHORTEST
+        while not done():
+            if time.monotonic() > deadline:
+                raise NotConfirmed(otherwise)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
 
     def _check_role(self, worker: Worker, listed: Listed) -> None:
         if listed.role is None and worker.role != "regular" and not self.config.accept_unlisted_role:
@@ -297,7 +312,7 @@ class Router:
         asked = self.dialect.remove(listed)
         answer = self._call(asked)
         gone = answer.status == 404 or "not found" in answer.text
-        if not answer.ok and not (gone and not _has(self.listing(), listed.url)):
+        if not answer.ok and not (gone and not self._listed(listed.url)):
             raise RouterRefused(
                 f"the router {self.url} did not remove {listed.url}: {asked.method} {asked.path} answered "
                 f"{answer.short}",
@@ -342,7 +357,3 @@ def _read(dialect: Dialect, answer: Answer) -> tuple[Listed, ...] | None:
         return dialect.read(answer.json())
     except ValueError:
         return None
-
-
-def _has(there: Collection[Listed], *urls: str) -> set[str]:
-    return {listed.url for listed in there if listed.url in urls}

@@ -7,6 +7,7 @@ or about weights that are no longer wanted, changes nothing.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pacenote.rollout.worker import State, Worker, worker_url
 from pacenote.rollout.worker_errors import Superseded
 
 Listener = Callable[[Worker], None]
+_log = logging.getLogger(__name__)
 
 
 class Roster:
@@ -89,4 +91,7 @@ class Roster:
 
     def _tell(self, worker: Worker) -> None:
         if self._listener is not None:
-            self._listener(worker)
+            try:
+                self._listener(worker)
+            except Exception:  # somebody else's code must not stop a worker half way
+                _log.exception("the listener failed on %s", worker.url)

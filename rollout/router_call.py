@@ -56,7 +56,7 @@ def call(client: httpx.Client, asked: Call, *, timeout: float) -> Answer:
     Raises:
         RouterError: no answer, none in time, or too large a one.
     """
-    where = f"{asked.method} {client.base_url}{asked.path.lstrip('/')}"
+    where = f"{asked.method} {str(client.base_url).rstrip('/')}{asked.path}"
     deadline, body = time.monotonic() + timeout, bytearray()
     try:
         with client.stream(asked.method, asked.path, json=asked.body, timeout=timeout) as response:

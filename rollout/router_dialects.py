@@ -42,6 +42,7 @@ class Listed:
         role: None where the listing does not say.
         healthy: None where the listing does not say.
         bootstrap_port: None where the listing does not say.
+        draining: it was removed, gets nothing new, and is listed until its last requests have ended (smg).
     """
 
     url: str
@@ -49,6 +50,7 @@ class Listed:
     role: str | None = None
     healthy: bool | None = None
     bootstrap_port: int | None = None
+    draining: bool = False
 
 
 class Dialect(Protocol):
@@ -84,7 +86,7 @@ class AddWorker:
             query["worker_type"] = worker.role
         if worker.bootstrap_port is not None:
             query["bootstrap_port"] = worker.bootstrap_port
-        return Call(method="POST", path=f"/add_worker?{_query(query | extra)}")
+        return Call(method="POST", path=f"/add_worker?{_query({**query, **extra})}")
 
     def remove(self, listed: Listed) -> Call:
         """By URL, as it was added."""
@@ -109,7 +111,7 @@ class Workers:
         body: dict[str, Any] = {"url": worker.url, "worker_type": worker.role}
         if worker.bootstrap_port is not None:
             body["bootstrap_port"] = worker.bootstrap_port
-        return Call(method="POST", path="/workers", body=body | extra)
+        return Call(method="POST", path="/workers", body={**body, **extra})
 
     def remove(self, listed: Listed) -> Call:
         """By id."""
@@ -138,6 +140,7 @@ def _entry(body: Any) -> Listed:
         role=role if role in ROLES else None,
         healthy=healthy if isinstance(healthy, bool) else None,
         bootstrap_port=port if isinstance(port, int) else None,
+        draining=body.get("status") == "draining",
     )
 
 

@@ -72,9 +72,9 @@ class Probe:
     def __init__(self, *, timeout: float = 5.0, generate_timeout: float = 30.0) -> None:
         # No idle connections: one that the engine closed meanwhile would look like a failure.
         self._client = httpx.Client(
-            trust_env=False, timeout=timeout, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
         )
-        self._generate_timeout = generate_timeout
+        self._timeout, self._generate_timeout = timeout, generate_timeout
 
     def health(self, url: str, *, generate: bool = False) -> None:
         """Returns if the engine is well.
@@ -86,7 +86,7 @@ class Probe:
             EngineGone: nobody listens.
             EngineError: no answer in time, or another status than 200.
         """
-        path, timeout = ("/health_generate", self._generate_timeout) if generate else ("/health", None)
+        path, timeout = ("/health_generate", self._generate_timeout) if generate else ("/health", self._timeout)
         self._get(url + path, timeout)
 
     def version(self, url: str) -> str:
@@ -122,44 +122,38 @@ class Probe:
         Raises:
             EngineError: no answer, or none as an engine gives.
         """
-        loads = self._json(url + "/v1/loads").get("loads")
+        loads = _object(self._get(url + "/v1/loads", self._timeout)).get("loads")
         entries = [entry for entry in loads if isinstance(entry, dict)] if isinstance(loads, list) else []
         counts = [entry.get("num_running_reqs", 0) + entry.get("num_waiting_reqs", 0) for entry in entries]
         if not counts:
             raise EngineError(f"expected loads in {url}/v1/loads, got none")
         return sum(counts)
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def _info(self, url: str, name: str) -> dict[str, Any]:
-        try:
-            return self._json(f"{url}/{name}")
-        except EngineGone:
-            raise
-        except EngineError:
-            return self._json(f"{url}/get_{name}")  # the name in older releases
+        response = self._get(f"{url}/{name}", self._timeout, known=False)
+        if response.status_code == 404:
+            response = self._get(f"{url}/get_{name}", self._timeout)  # the name in older releases
+        return _object(response)
 
-    def _json(self, where: str) -> dict[str, Any]:
-        response = self._get(where, None)
+    def _get(self, where: str, timeout: float, *, known: bool = True) -> httpx.Response:
         try:
-            body = response.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            raise EngineError(f"expected a JSON object from {where}, got {response.text[:200]!r}")
-        return body
-
-    def _get(self, where: str, timeout: float | None) -> httpx.Response:
-        try:
-            response = self._client.get(where, **({} if timeout is None else {"timeout": timeout}))
+            response = self._client.get(where, timeout=timeout)
         except httpx.ConnectError as error:
             raise EngineGone(f"nobody listens at {where}: {error}") from error
         except httpx.TimeoutException as error:
             raise EngineError(f"no answer from {where} in time") from error
         except httpx.HTTPError as error:
             raise EngineError(f"no answer from {where}: {error or type(error).__name__}") from error
-        if response.status_code != 200:
+        if response.status_code != 200 and (known or response.status_code != 404):
             raise EngineError(f"expected 200 from {where}, got {response.status_code} {response.text[:200]!r}")
         return response
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise EngineError(f"expected a JSON object from {response.url}, got {response.text[:200]!r}")
+    return body
