@@ -79,6 +79,7 @@ class Frontend:
         self._side = Side(config.disaggregation_mode, config.disaggregation_bootstrap_port)
         self._live: set[str] = set()
         self._number = 0
+        self._instance = uuid.uuid4().hex
 
     def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]:
         """What is open while the application runs."""
@@ -192,6 +193,7 @@ class Frontend:
                 "pp_size": 1,
                 "version": VERSION,
                 "status": "ready",
+                "instance_id": self._instance,  # not SGLang's: tells this start from the next on the same port
                 "internal_states": [{"weight_version": self._engine.weight_version, "num_running": load.running}],
             }
         )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pacenote.replay.hf import attach
     from pacenote.replay.megatron import attach_megatron
     from pacenote.replay.record import RoutingRecord
+    from pacenote.rollout.pool import WorkerPool
     from pacenote.rollout.server import SessionConfig, create_app
     from pacenote.rollout.trajectory import Trajectory
 else:
@@ -41,6 +42,7 @@ else:
         "RoutingRecord": "replay.record",
         "SessionConfig": "rollout.server",
         "Trajectory": "rollout.trajectory",
+        "WorkerPool": "rollout.pool",
         "attach": "replay.hf",
         "attach_megatron": "replay.megatron",
         "create_app": "rollout.server",
@@ -74,6 +76,7 @@ __all__ = [
     "RoutingRecord",
     "SessionConfig",
     "Trajectory",
+    "WorkerPool",
     "__version__",
     "attach",
     "attach_megatron",
