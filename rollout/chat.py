@@ -25,11 +25,12 @@ from pacenote.rollout.matching import STRICT, Match
 from pacenote.rollout.messages import Message, chain, parse_messages
 from pacenote.rollout.observed import Observed, Observer, unobserved
 from pacenote.rollout.session import Session
-from pacenote.rollout.sglang import Engine, Reply, chat_body, read_reply
+from pacenote.rollout.sglang import Reply, chat_body, read_reply
 from pacenote.rollout.store import SessionStore
 from pacenote.rollout.template import Arguments, Template, Tools
 from pacenote.rollout.tito import check_roles, extend
 from pacenote.rollout.turn import Answer, Prompt, Turn
+from pacenote.rollout.upstream_probe import Chatting
 
 LARGE = 1 << 16  # bytes of an answer that is worth a thread
 MOST_CHOICES = 128
@@ -75,7 +76,7 @@ class Chats:
     append_roles: frozenset[str]
     model: str
     store: SessionStore
-    engine: Engine
+    engine: Chatting
     threads: ThreadPoolExecutor
     policy: str = "tree"
     match: Match = STRICT

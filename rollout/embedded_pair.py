@@ -1,9 +1,9 @@
 """The embedded engine as one side of a prefill/decode pair: what a room is, and who hands what over in it. No torch.
 
-Both sides get the same request and meet in its room, on the prefill side's bootstrap port. As in SGLang the prefill side
-computes the prompt and samples the first token, the decode side goes on from there, each answers for itself, and **the
-decode side knows nothing of the prompt's routes: its rows are zeros there**. Other than in SGLang what travels is the
-first token with its logprob, not keys and values: the decode side holds the same weights and computes those again.
+Both sides get the same request and meet in its room, on the prefill side's bootstrap port. As in SGLang the prefill
+side computes the prompt and samples the first token, the decode side goes on from there, each answers for itself, and
+**the decode side knows nothing of the prompt's routes: its rows are zeros there**. Other than in SGLang what travels is
+the first token with its logprob, not keys and values: the decode side holds the same weights and computes those again.
 The bytes on the port are this module's own: a line with the room, answered by a line of JSON.
 """
 
@@ -49,7 +49,7 @@ class Rooms:
     """The prefill side's bootstrap port.
 
     Args:
-        patience: seconds that a finished prefill waits to be fetched, and a decode side for a prefill that has not come.
+        patience: seconds that a finished prefill waits to be fetched, and a decode side for its prefill.
     """
 
     def __init__(self, patience: float = PATIENCE) -> None:

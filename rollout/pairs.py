@@ -1,12 +1,13 @@
 """Drives prefill/decode pairs of SGLang and joins what each side knows of the routes; no gateway does.
 
-Both sides get the same body and a room to meet in. The prefill side computes the prompt and knows its routes; the decode
-side generates, and has zeros for the prompt's. The answer is the decode side's, with
+Both sides get the same body and a room to meet in. The prefill side computes the prompt and knows its routes; the
+decode side generates, and has zeros for the prompt's. The answer is the decode side's, with
 
     rows = prefill_rows ++ decode_rows[len(prefill_rows):]
 
-Protocol: bootstrap_host, bootstrap_port and bootstrap_room of `ChatCompletionRequest` (srt/entrypoints/openai/protocol.py
-of SGLang 0.5.23). Legend: P prompt tokens, G generated tokens, H the first row that was asked for.
+Protocol: bootstrap_host, bootstrap_port and bootstrap_room of `ChatCompletionRequest` in
+srt/entrypoints/openai/protocol.py of SGLang 0.5.23. Legend: P prompt tokens, G generated tokens, H the first row that
+was asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import orjson
 
 from pacenote.rollout.errors import UpstreamError
 from pacenote.rollout.sglang import Engine
-from pacenote.rollout.worker_url import worker_url
+from pacenote.rollout.worker import worker_url
 
 RELEARN = 10.0  # seconds after which a gateway is asked anew
 ABORT_SECONDS = 5.0
@@ -163,9 +164,9 @@ class Pairs:
         for task in sides:
             task.cancel()
         for url in (pair.prefill, pair.decode):
-            task = asyncio.create_task(self._abort(url, rid))
-            self._aborting.add(task)
-            task.add_done_callback(self._aborting.discard)
+            abort = asyncio.create_task(self._abort(url, rid))
+            self._aborting.add(abort)
+            abort.add_done_callback(self._aborting.discard)
         await asyncio.gather(*sides, return_exceptions=True)
         if isinstance(error, UpstreamError):
             return type(error)(f"pair {pair.prefill} and {pair.decode}: {error}")
@@ -207,7 +208,10 @@ def join(prefill: bytes, decode: bytes, *, start: int) -> bytes:
     if "cached_tokens" in first:
         changed["cached_tokens"] = first["cached_tokens"]
     if meta.get("routed_experts") is not None:
-        counts = (int(meta["prompt_tokens"]) - start, int(meta["prompt_tokens"]) + int(meta["completion_tokens"]) - 1 - start)
+        counts = (
+            int(meta["prompt_tokens"]) - start,
+            int(meta["prompt_tokens"]) + int(meta["completion_tokens"]) - 1 - start,
+        )
         changed["routed_experts"] = join_rows(first.get("routed_experts"), meta["routed_experts"], *counts)
     choice["meta_info"] = changed
     return orjson.dumps(answer)
@@ -234,7 +238,9 @@ def join_rows(prefill: object, decode: object, held: int, whole: int) -> str:
             any(known[at : at + size]) and known[at : at + size] != mine[at : at + size]
             for at in range(0, len(known), size)
         )
-        log.warning("decode has %d of %d rows of the prompt otherwise than prefill; prefill's are taken", differing, held)
+        log.warning(
+            "decode has %d of %d rows of the prompt otherwise than prefill; prefill's are taken", differing, held
+        )
     return base64.b64encode(mine + theirs[held * size :]).decode()
 
 

@@ -99,7 +99,7 @@ def _report(words: list[str]) -> int:
 
 
 def _serve(words: list[str]) -> int:
-    from pacenote.rollout.server import serve_command
+    from pacenote.rollout.serve_cli import serve_command
 
     return serve_command(words)
 
