@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,9 @@ from pacenote.kernels.logprob_chunks import LogprobChunks, chunk_size
 
 Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """From hidden states, weight and targets to logprob and, where there is one, entropy."""
-Entry = Implementation["Inputs"] | Absent
+Entry = Implementation[Any] | Absent
+Wrap = Callable[[Score], Implementation[Any]]
+"""From somebody's logprobs to the work that is measured."""
 ROWS = 64
 """Rows that are held against float64."""
 
@@ -149,13 +152,13 @@ def fits(entry_bytes: int, inputs: int, device: torch.device, entry: Callable[[]
     return entry()
 
 
-def compiled(setting: harness.Setting, wrap: Callable[[Score], Implementation[Inputs]]) -> Entry:
+def compiled(setting: harness.Setting, wrap: Wrap) -> Entry:
     """`plain`, compiled."""
     found = setting.compile(plain)
     return found if isinstance(found, Absent) else wrap(found)
 
 
-def torch_fused(wrap: Callable[[Score], Implementation[Inputs]]) -> Entry:
+def torch_fused(wrap: Wrap) -> Entry:
     """torch's own op without logits."""
     if not hasattr(F, "linear_cross_entropy"):
         return Absent(f"torch {torch.__version__} has no linear_cross_entropy")
@@ -167,7 +170,7 @@ def torch_fused(wrap: Callable[[Score], Implementation[Inputs]]) -> Entry:
     return wrap(call)
 
 
-def liger(wrap: Callable[[Score], Implementation[Inputs]], device: torch.device) -> dict[str, Entry]:
+def liger(wrap: Wrap, device: torch.device) -> dict[str, Entry]:
     """Its kernel with entropies (CuTe on Hopper, else its own choice), and its Triton kernel of losses."""
     found: dict[str, Entry] = {}
     scaled, fused = (peers.liger(f"fused_linear_{name}", device) for name in ("scaled_cross_entropy", "cross_entropy"))
@@ -191,7 +194,7 @@ def liger(wrap: Callable[[Score], Implementation[Inputs]], device: torch.device)
     return found
 
 
-def megatron(wrap: Callable[[Score], Implementation[Inputs]], device: torch.device) -> Entry:
+def megatron(wrap: Wrap, device: torch.device) -> Entry:
     """The fused cross entropy of its vocabulary-parallel head, in a group of one process, on all logits in bfloat16."""
     module = peers.find("megatron.core.fusions.fused_cross_entropy", "megatron-core")
     if isinstance(module, Absent):

@@ -208,5 +208,10 @@ def cases(name: str, tokens: int, setting: harness.Setting) -> Iterator[Case[Inp
         )
 
 
+def parts_of(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors of a result: loss, gradient, metrics."""
+    return result
+
+
 if __name__ == "__main__":
     sys.exit(harness.main("policy", __doc__.splitlines()[0], cases))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import logprob, machine, pack, permute, route
+from benchmarks import logprob, machine, pack, permute, policy, route, step
 from benchmarks.case import OURS, Implementation
 from benchmarks.harness import Cases, Setting
 from benchmarks.models import MODELS
@@ -36,6 +36,8 @@ PARTS: dict[str, tuple[Cases, Callable[[Any], Sequence[Tensor]]]] = {
     "logprob": (logprob.cases, logprob.parts_of),
     "permute": (permute.cases, permute.parts_of),
     "pack": (pack.cases, pack.fields),
+    "policy": (policy.cases, policy.parts_of),
+    "step": (step.cases, step.parts_of),
 }
 """Benchmarks whose cases are raced, and the tensors of their results."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

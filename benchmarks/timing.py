@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
 Watch = Callable[[], AbstractContextManager[Any]]
@@ -63,7 +64,7 @@ def time_calls(
     for call in calls[:1] if on_host else calls:
         call()
     if device.type != "cuda":
-        return by_clock(calls, rounds=repeats, watch=watch)
+        return replace(by_clock(calls, rounds=repeats, watch=watch), peak_bytes=peak_bytes_cpu(calls[0]))
     peak = peak_bytes(calls[0])
     if on_host:
         timing = by_clock(calls, rounds=repeats, watch=watch, wait=torch.cuda.synchronize)
@@ -165,6 +166,18 @@ def peak_bytes(call: Call) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_bytes_cpu(call: Call) -> int:
+    """The same of a CPU's tensors, from what its allocator says."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = call()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    del result
+    return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def rotation(call_bytes: int, device: torch.device) -> int:

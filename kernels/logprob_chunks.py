@@ -15,6 +15,7 @@ Legend: T tokens, n of them that need logits, C of a chunk, D model, V vocabular
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from pacenote.kernels import check, logprob_ops
 from pacenote.kernels.logprob_head import Head, Mode
-from pacenote.kernels.logprob_rows import IGNORED, Rows
+from pacenote.kernels.logprob_rows import Rows
 from pacenote.kernels.reference import wide
 
 CHUNK_NUMBERS, CHUNK_NUMBERS_GPU = 2**25, 2**27
@@ -139,11 +140,12 @@ class LogprobChunk:
         self._chunks, self.part = chunks, part
         rows, head = chunks.rows, chunks._head
         self.index: Tensor | slice = part if rows.picked is None else rows.picked[part]
-        live = rows.state[part, None] != IGNORED
-        self._x = torch.where(live, rows.take(chunks._hidden, part), 0.0)  # 0 * NaN must not reach the weight
+        self._x = torch.where(
+            rows.live(part)[:, None], rows.take(chunks._hidden, part), 0.0
+        )  # 0 * NaN must not reach the weight
         self._logits: Tensor | None = None
         self._open = True
-        with torch.autocast(self._x.device.type, enabled=False):
+        with _no_autocast(self._x.device.type):
             if chunks._score is not None:
                 self.score = chunks._score[part]
             else:
@@ -173,7 +175,7 @@ class LogprobChunk:
             raise RuntimeError("expected backward once, before the next chunk, got it later: the logits are gone")
         chunks, part = self._chunks, self.part
         head, rows = chunks._head, chunks.rows
-        with torch.autocast(self._x.device.type, enabled=False):
+        with _no_autocast(self._x.device.type):
             logits = head.logits(self._x) if self._logits is None else self._logits
             self.close()
             narrow = head.weight.dtype
@@ -193,6 +195,11 @@ class LogprobChunk:
     def close(self) -> None:
         """Let the logits go; nothing is left of a chunk but its results."""
         self._logits, self._open = None, False
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Products in the dtypes that they are given in; not every device has an autocast to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def chunk_size(chunk: int | None, vocab: int, device: torch.device) -> int:

@@ -99,6 +99,10 @@ class Rows:
         for start in range(0, len(self.targets), size):
             yield slice(start, min(start + size, len(self.targets)))
 
+    def live(self, part: slice) -> Tensor:
+        """Which tokens of a chunk have a result, [C] bool."""
+        return self.state[part] != IGNORED
+
     def heat_of(self, part: slice) -> Tensor | None:
         """Temperature of a chunk: [C], 0-d, or None for 1."""
         return self.heat if self.heat is None or not self.heat.ndim else self.heat[part]

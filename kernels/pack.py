@@ -62,6 +62,8 @@ class PackedBatch:
         dropped: samples without anything to train on.
         padding: positions of padding among the T.
         layout: this rank's part of the batch.
+        num_trained: trained tokens of the batch on all ranks together, so at least as many as here; None: nobody
+            counted them on the host.
     """
 
     tokens: Tensor
@@ -80,6 +82,7 @@ class PackedBatch:
     dropped: int
     padding: int
     layout: Layout
+    num_trained: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -222,6 +225,7 @@ def pack_ragged(
         dropped=len(ragged.kept) - len(kept),
         padding=plan.padding,
         layout=layout,
+        num_trained=None if ragged.trained is None else int(ragged.trained.sum()),
     )
 
 

@@ -66,6 +66,11 @@ class PolicyOutput:
     values: Tensor
     sums: Tensor
 
+    @classmethod
+    def of(cls, loss: Tensor, values: Tensor, sums: Tensor) -> PolicyOutput:
+        """Of the loss [], metrics [M] and sums [F, S], the latter two without a graph."""
+        return cls(loss, dict(zip(METRICS, values.unbind(), strict=True)), values, sums)
+
     def backward(self) -> None:
         """Differentiate the loss."""
         self.loss.backward()  # type: ignore[no-untyped-call]
@@ -122,11 +127,47 @@ def policy_loss(
         ValueError: shapes that do not fit, a term without its input, a denominator not above 0 (of a tensor on an
             accelerator the value is not waited for).
     """
-    _check(logprob, batch, config, entropy, reference, group_tokens, denominator)
+    check_terms(logprob, batch, config, entropy, reference, group_tokens, denominator)
+    out = _forward(*_arguments(logprob, batch, config, entropy, reference, group_tokens, denominator))
+    return PolicyOutput.of(out[0], out[1].detach(), out[2].detach())
+
+
+def policy_slopes(
+    logprob: Tensor,
+    batch: PolicyBatch,
+    config: PolicyConfig,
+    *,
+    entropy: Tensor | None = None,
+    reference: Tensor | None = None,
+    group_tokens: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients [T] of the loss in logprob and in entropy (None where it has no part in the loss), without a graph.
+
+    Arguments as for `policy_loss`, which has checked them.
+    """
+    given = _arguments(logprob, batch, config, entropy, reference, group_tokens, denominator)
+    _, _, _, slope, share, common, divisor = _forward(*given)
+    bonus_dtype = None if entropy is None or not config.entropy_coef else entropy.dtype
+    out, bonus = _backward(
+        torch.ones_like(divisor), divisor, slope, share, common, batch.loss_mask, batch.segment_ids, batch.num_samples,
+        config.entropy_coef, logprob.dtype, bonus_dtype,
+    )  # fmt: skip
+    return out, None if bonus_dtype is None else bonus
+
+
+def _arguments(
+    logprob: Tensor,
+    batch: PolicyBatch,
+    config: PolicyConfig,
+    entropy: Tensor | None,
+    reference: Tensor | None,
+    group_tokens: Tensor | None,
+    denominator: float | Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of the op: logprob [T], and what it takes beside."""
     number = None if isinstance(denominator, Tensor) or denominator is None else float(denominator)
-    if isinstance(denominator, Tensor):
-        denominator = denominator.to(wide(logprob[:0]).dtype)
-    out = _forward(
+    return (
         logprob,
         batch.old_logprobs,
         batch.logprobs,
@@ -137,12 +178,10 @@ def policy_loss(
         entropy,
         reference,
         group_tokens if config.normalize == "group" else None,
-        denominator if isinstance(denominator, Tensor) else None,
+        denominator.to(wide(logprob[:0]).dtype) if isinstance(denominator, Tensor) else None,
         number,
         *plain_values(config),
     )
-    values = out[1].detach()
-    return PolicyOutput(out[0], dict(zip(METRICS, values.unbind(), strict=True)), values, out[2].detach())
 
 
 def group_tokens(batch: PolicyBatch, group_ids: Tensor) -> Tensor:
@@ -163,7 +202,7 @@ def group_tokens(batch: PolicyBatch, group_ids: Tensor) -> Tensor:
     return torch.zeros_like(tokens).index_add(0, group_ids.long(), tokens)[group_ids.long()]
 
 
-def _check(
+def check_terms(
     logprob: Tensor,
     batch: PolicyBatch,
     config: PolicyConfig,
@@ -172,6 +211,7 @@ def _check(
     group_tokens: Tensor | None,
     denominator: float | Tensor | None,
 ) -> None:
+    """Raise ValueError as `policy_loss` does: of a logprob [T], entropy [T] and the rest of its arguments."""
     check.tensor(logprob, "logprob", (None,), check.FLOATS, logprob.device)
     floats, shape, counts = check.FLOATS, tuple(logprob.shape), (torch.int32, torch.int64)
     if len(logprob) >= 2**30:

@@ -67,6 +67,7 @@ class Ragged:
         kept: [S] int64 on the host, how many of them a batch may take; 0 drops the sample.
         has_rows: [S] bool on the host.
         num_experts: E, if known.
+        trained: [S] int64 on the host, trained targets among the tokens kept; None: nobody counted them.
     """
 
     tokens: Tensor
@@ -80,6 +81,7 @@ class Ragged:
     kept: NDArray[np.int64]
     has_rows: NDArray[np.bool_]
     num_experts: int | None
+    trained: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         """Check that the arrays belong together: a kernel would read beyond one that is too short.
@@ -88,8 +90,8 @@ class Ragged:
             ValueError: they do not.
         """
         device, samples = self.tokens.device, (len(self.lengths),)
-        for name in ("kept", "has_rows"):
-            if np.shape(getattr(self, name)) != samples:
+        for name in ("kept", "has_rows", "trained"):
+            if getattr(self, name) is not None and np.shape(getattr(self, name)) != samples:
                 raise ValueError(f"expected {name} {list(samples)}, got {list(np.shape(getattr(self, name)))}")
         if not ((self.kept >= 0) & (self.kept <= self.lengths) & (self.kept != 1)).all():
             raise ValueError("expected 0, or 2 to lengths, tokens kept of each sample, got others")
@@ -189,6 +191,7 @@ class Ragged:
             kept=np.array(kept, np.int64),
             has_rows=np.array([n > 0 and s.experts is not None for s, n in zip(samples, kept, strict=True)], np.bool_),
             num_experts=num_experts,
+            trained=np.array([int(mask[1:n].sum()) for mask, n in zip(masks, kept, strict=True)], np.int64),
         )
 
 

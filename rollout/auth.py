@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pacenote.rollout.errors import Forbidden, SessionError, Unauthorized
+from pacenote.rollout.request_log import CODE
 
 VARIABLE = "PACENOTE_AUTH_TOKENS"
 ADMIN = "pacenote.admin"
@@ -81,6 +82,7 @@ class Guard:
             try:
                 scope[ADMIN] = self._admit(scope)
             except SessionError as error:
+                scope[CODE] = error.code
                 headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
                 await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
                 return

@@ -18,17 +18,19 @@ from typing import Any
 import orjson
 
 from pacenote.replay.spec import RoutingGeometry
-from pacenote.rollout import linear
+from pacenote.rollout import linear, tracing
 from pacenote.rollout.completion import Completion
 from pacenote.rollout.errors import BadRequest, RollbackFailed
 from pacenote.rollout.matching import STRICT, Match
 from pacenote.rollout.messages import Message, chain, parse_messages
+from pacenote.rollout.observed import Observed, Observer, unobserved
 from pacenote.rollout.session import Session
-from pacenote.rollout.sglang import Engine, Reply, chat_body, read_reply
+from pacenote.rollout.sglang import Reply, chat_body, read_reply
 from pacenote.rollout.store import SessionStore
 from pacenote.rollout.template import Arguments, Template, Tools
 from pacenote.rollout.tito import check_roles, extend
 from pacenote.rollout.turn import Answer, Prompt, Turn
+from pacenote.rollout.upstream_probe import Chatting
 
 LARGE = 1 << 16  # bytes of an answer that is worth a thread
 MOST_CHOICES = 128
@@ -66,6 +68,7 @@ class Chats:
         threads: where rendering runs.
         policy: "tree" or "linear".
         match: when two messages are the same.
+        observe: called with what there is to say about each answered chat.
     """
 
     template: Template
@@ -73,10 +76,11 @@ class Chats:
     append_roles: frozenset[str]
     model: str
     store: SessionStore
-    engine: Engine
+    engine: Chatting
     threads: ThreadPoolExecutor
     policy: str = "tree"
     match: Match = STRICT
+    observe: Observer = unobserved
 
     async def complete(self, session_id: str, request: Mapping[str, Any]) -> Completion:
         """Answer one chat and record it. Cancelling this before it returns leaves no trace.
@@ -88,13 +92,23 @@ class Chats:
         Raises:
             SessionError: see `rollout.errors`.
         """
+        began = time.perf_counter()
         session = self.store.open(session_id)
-        plan = await self._off_loop(self._plan, session, request)
+        with tracing.span("render"):
+            plan = await self._off_loop(self._plan, session, request)
         pending = session.begin(plan.prompt, replaces=plan.replaces)
-        replies = await self._sample(plan)
+        asked = time.perf_counter()
+        with tracing.span("engine"):
+            replies = await self._sample(plan)
+        engine_seconds = time.perf_counter() - asked
         created, id = time.time(), f"chatcmpl-{uuid.uuid4().hex}"
-        completion, answers = await self._written(plan, replies, id, created)
-        await self.store.commit(session, pending, *answers, id=id, created=created)
+        with tracing.span("commit"):
+            completion, answers = await self._written(plan, replies, id, created)
+            turns = await self.store.commit(session, pending, *answers, id=id, created=created)
+        own_seconds = time.perf_counter() - began - engine_seconds
+        self.observe(
+            Observed(session_id=session_id, turns=turns, engine_seconds=engine_seconds, own_seconds=own_seconds)
+        )
         return completion
 
     async def count(self, session_id: str, request: Mapping[str, Any]) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +27,7 @@ from pacenote.rollout.embedded_answer import Answers, Asked
 from pacenote.rollout.embedded_config import EngineConfig
 from pacenote.rollout.embedded_engine import Engine
 from pacenote.rollout.embedded_model import Runner
+from pacenote.rollout.embedded_pair import Room, Side
 from pacenote.rollout.embedded_prompt import Prompts
 from pacenote.rollout.embedded_protocol import (
     AbortBody,
@@ -76,8 +76,14 @@ class Frontend:
             reasoning_parser=config.reasoning_parser,
         )
         self._prompts = Prompts(runner.tokenizer)
+        self._side = Side(config.disaggregation_mode, config.disaggregation_bootstrap_port)
         self._live: set[str] = set()
         self._number = 0
+        self._instance = uuid.uuid4().hex
+
+    def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """What is open while the application runs."""
+        return self._side.lifespan(self._config.host)
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
@@ -94,6 +100,7 @@ class Frontend:
             routes_from=body.routed_experts_start_len,
             record=body.return_routed_experts,
             top=top,
+            room=body.room,
         )
         return _json(self._answers.chat(body, asked, done, self._engine.weight_version))
 
@@ -117,6 +124,7 @@ class Frontend:
             routes_from=body.routed_experts_start_len,
             record=body.return_routed_experts,
             top=body.top_logprobs_num if body.return_logprob else 0,
+            room=body.room,
         )
         return _json(self._answers.generate(body, asked, done, self._engine.weight_version))
 
@@ -138,7 +146,7 @@ class Frontend:
 
     async def model_info(self, http: HttpRequest) -> Response:
         """GET /model_info."""
-        fields = self._runner.fields
+        fields, config = self._runner.fields, self._config
         return _json(
             {
                 "model_path": str(self._runner.path),
@@ -149,7 +157,7 @@ class Frontend:
                 "weight_version": self._engine.weight_version,
                 "tool_call_parser": self._config.tool_call_parser,
                 "reasoning_parser": self._config.reasoning_parser,
-                "disaggregation_mode": "null",
+                "disaggregation_mode": config.disaggregation_mode,
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
                 "model_type": fields.get("model_type"),
@@ -178,12 +186,14 @@ class Frontend:
                 "reasoning_parser": config.reasoning_parser,
                 "weight_version": self._engine.weight_version,
                 "enable_return_routed_experts": True,
-                "disaggregation_mode": "null",
+                "disaggregation_mode": config.disaggregation_mode,
+                "disaggregation_bootstrap_port": config.disaggregation_bootstrap_port,
                 "tp_size": 1,
                 "dp_size": 1,
                 "pp_size": 1,
                 "version": VERSION,
                 "status": "ready",
+                "instance_id": self._instance,  # not SGLang's: tells this start from the next on the same port
                 "internal_states": [{"weight_version": self._engine.weight_version, "num_running": load.running}],
             }
         )
@@ -259,6 +269,7 @@ class Frontend:
         routes_from: int,
         record: bool,
         top: int,
+        room: Room,
     ) -> tuple[Asked, Completion]:
         """Check a request against the model, generate, and abort if the client leaves."""
         started = time.perf_counter()
@@ -270,10 +281,16 @@ class Frontend:
         rid = rid or uuid.uuid4().hex
         if rid in self._live:
             raise RequestError(f"Duplicate request ID detected: {rid}")
+        self._side.check(room)
+        params = self._side.params(params)
         request = self._request(rid, ids, params, record=record, top=top)
+
+        async def ask() -> Completion:
+            return await asyncio.wrap_future(self._engine.submit(request))
+
         self._live.add(rid)
         try:
-            done = await self._answer_or_abort(http, rid, self._engine.submit(request))
+            done = await self._answer_or_abort(http, rid, self._side.run(request, room, ask))
         finally:
             self._live.discard(rid)
         return Asked(rid=rid, prompt_ids=ids, params=params, routes_from=routes_from, started=started), done
@@ -313,8 +330,8 @@ class Frontend:
             top_logprobs=top,
         )
 
-    async def _answer_or_abort(self, http: HttpRequest, rid: str, future: Future[Completion]) -> Completion:
-        answer = asyncio.ensure_future(asyncio.wrap_future(future))
+    async def _answer_or_abort(self, http: HttpRequest, rid: str, work: Awaitable[Completion]) -> Completion:
+        answer = asyncio.ensure_future(work)
         gone = asyncio.create_task(_disconnected(http))
         either: set[asyncio.Future[Any]] = {answer, gone}
         try:
@@ -322,6 +339,7 @@ class Frontend:
         finally:
             gone.cancel()
             if not answer.done():
+                answer.cancel()
                 self._engine.abort(rid, exact=True)
         if not answer.done():
             raise ClientGoneError
@@ -335,7 +353,8 @@ def create_engine_app(config: EngineConfig, runner: Runner, engine: Engine) -> S
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         engine.start()
-        yield
+        async with front.lifespan():
+            yield
         await asyncio.to_thread(engine.stop)
 
     get, post = ["GET"], ["POST"]

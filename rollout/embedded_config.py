@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pacenote.rollout.embedded_pair import MODES, Mode
 from pacenote.rollout.toolcalls import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -37,6 +38,8 @@ class EngineConfig:
     experts_implementation: str = "auto"
     threads: int = 1
     exact: bool = False
+    disaggregation_mode: Mode = "null"
+    disaggregation_bootstrap_port: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_running_requests", "max_prefill_tokens", "threads"):
@@ -46,6 +49,13 @@ class EngineConfig:
             raise ValueError(f"expected context_length to be at least 2, got {self.context_length}")
         if not 0 <= self.random_seed < 2**63:
             raise ValueError(f"expected random_seed in [0, 2**63), got {self.random_seed}")
+        if self.disaggregation_mode not in MODES:
+            raise ValueError(f"expected disaggregation_mode of {', '.join(MODES)}, got {self.disaggregation_mode!r}")
+        if (self.disaggregation_mode == "prefill") != (self.disaggregation_bootstrap_port is not None):
+            raise ValueError(
+                "expected disaggregation_bootstrap_port with disaggregation_mode prefill, and only there, got "
+                f"{self.disaggregation_bootstrap_port} with {self.disaggregation_mode}"
+            )
         if self.exact and (self.device != "cpu" or self.experts_implementation not in ("auto", "eager")):
             raise ValueError(
                 "expected device cpu and eager experts for exact logprobs, "
@@ -77,6 +87,8 @@ def parse_arguments(arguments: Sequence[str]) -> EngineConfig:
     add("--experts-implementation", choices=EXPERTS, default="auto", help="transformers' experts code")
     add("--threads", type=int, default=1, help="CPU threads of torch")
     add("--exact", action="store_true", help="logprobs that do not depend on the batch, bit for bit; slower, CPU only")
+    add("--disaggregation-mode", choices=MODES, default="null", help="one side of a prefill/decode pair")
+    add("--disaggregation-bootstrap-port", type=int, help="where the prefill side meets its decode sides")
     parsed = parser.parse_args(arguments)
     try:
         return EngineConfig(**vars(parsed))

@@ -284,6 +284,11 @@ class Engine:
             self._running[slot] = last
 
     def _enqueue(self, request: Request) -> None:
+        reason = self._finish_reason(request) if request.output_ids else None
+        if reason is not None:  # it came with its first token, and wants no more
+            request.add_rows(self.runner.no_rows(request.length - 1), start=0)
+            request.complete(reason)
+            return
         (self._waiting if self._update is None else self._held).append(request)
 
     def _abort(self, rid: str | None, message: str = "Aborted", *, exact: bool = False) -> None:

@@ -137,6 +137,12 @@ class Runner:
         values: list[float] = logprob.tolist()
         return values
 
+    def no_rows(self, count: int) -> NDArray[Any]:
+        """Zeros [count, L, K], of tokens that this engine never computed."""
+        geometry = self.geometry
+        dtype = np.uint8 if geometry.num_experts <= 256 else np.uint16
+        return np.zeros((count, len(geometry.layers), geometry.top_k), dtype)
+
     def _forward(
         self,
         ids: torch.Tensor,

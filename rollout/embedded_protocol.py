@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pacenote.rollout.embedded_pair import Room
 from pacenote.rollout.embedded_request import RequestError, SamplingParams
 
 
@@ -27,6 +28,19 @@ class ParameterError(RequestError):
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class _Paired(_Body):
+    """Where the two sides of a prefill/decode pair meet."""
+
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+
+    @property
+    def room(self) -> Room:
+        """The three fields."""
+        return Room(host=self.bootstrap_host, port=self.bootstrap_port, number=self.bootstrap_room)
 
 
 class _Unsupported(_Body):
@@ -102,7 +116,7 @@ class SamplingBody(_Unsupported):
         )
 
 
-class GenerateBody(_Body):
+class GenerateBody(_Paired):
     """POST /generate: one prompt, as ids or as text."""
 
     text: str | None = None
@@ -125,7 +139,7 @@ class GenerateBody(_Body):
             raise ParameterError(describe(error)) from error
 
 
-class ChatBody(_Unsupported):
+class ChatBody(_Unsupported, _Paired):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]

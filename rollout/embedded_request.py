@@ -10,10 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pacenote.rollout.embedded_pair import HandOver
 
 GREEDY_BELOW = 1e-6  # SGLang decodes greedily below this temperature
 
@@ -182,6 +185,15 @@ class Request:
     def length(self) -> int:
         """Tokens so far, prompt and answer."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    def begin(self, given: HandOver) -> None:
+        """Start from a first token that another engine sampled: its draw is taken from the generator as well."""
+        self.generator.random()
+        self.output_ids.append(given.token)
+        self.logprobs.append(given.logprob)
+        self.versions.append(given.version)
+        if self.top_count:
+            self.top_logprobs.append(given.top)
 
     def add_rows(self, rows: NDArray[Any], start: int) -> None:
         """Keep the routing rows [R, L, K] of the inputs start..start+R-1.

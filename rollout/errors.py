@@ -19,6 +19,7 @@ SessionError
   UpstreamError     502  the engine did not answer, or its answer is not one that can be trained on
     RollbackFailed       the engine lost the prefix that it should have continued
     UpstreamTimeout 504  the engine took too long
+    UpstreamUnproven 503 what a session needs was lost on the way to the engine or back when that was tried
   StoreError        503  the journal could not be written; the state is as it was
     StoreFull       507  because its disk is full
 """
@@ -153,6 +154,12 @@ class UpstreamError(SessionError):
 
 class RollbackFailed(UpstreamError):
     """The engine lost the prefix that it should have continued; it may be asked once more, for everything."""
+
+
+class UpstreamUnproven(UpstreamError):
+    """The way to the engine loses what a session needs, or could not be tried yet."""
+
+    status, code = 503, "upstream_unproven"
 
 
 class UpstreamTimeout(UpstreamError):

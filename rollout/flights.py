@@ -52,6 +52,10 @@ class Flights:
         self._answers: OrderedDict[tuple[str, str], tuple[bytes, Completion]] = OrderedDict()
         self._remembered, self._bytes = remembered, 0
 
+    def __len__(self) -> int:
+        """Chats in flight."""
+        return sum(map(len, self._flights.values()))
+
     def count(self, session_id: str) -> int:
         """Chats of this session that are in flight."""
         return len(self._flights.get(session_id, ()))

@@ -20,22 +20,29 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from pacenote.replay.spec import RoutingGeometry
+from pacenote.rollout import tracing
 from pacenote.rollout.auth import Keys
 from pacenote.rollout.chat import LARGE, Chats
 from pacenote.rollout.completion import Completion
 from pacenote.rollout.errors import BadRequest, ClientGone, SessionError, UnknownSession
 from pacenote.rollout.flights import Flights, Key
 from pacenote.rollout.matching import STRICT, Match
+from pacenote.rollout.metrics import CONTENT_TYPE, Metrics
+from pacenote.rollout.observed import Observed
+from pacenote.rollout.pairs import Pair, Pairs, from_gateway, known
+from pacenote.rollout.request_log import CODE, answered
 from pacenote.rollout.samples import encode_samples
 from pacenote.rollout.session import Session
 from pacenote.rollout.sglang import Engine
 from pacenote.rollout.store import SessionStore
 from pacenote.rollout.template import Template
+from pacenote.rollout.upstream_probe import Proof, probe
 
 if TYPE_CHECKING:
     from pacenote.rollout.server import SessionConfig
 
 log = logging.getLogger(__name__)
+AUTO = "auto"  # pairs from the gateway's listing
 LONGEST_KEY = 255  # characters of an Idempotency-Key
 
 
@@ -55,55 +62,92 @@ class Front:
     ) -> None:
         """Open nothing yet; see `lifespan`."""
         self._config = config
-        self._store = store
+        self.store = store
         self._model = config.served_model or config.model
-        self._keys = keys
+        self.keys = keys
         self._instance = instance or uuid.uuid4().hex
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
         self._flights = Flights()
-        self._template, self._geometry, self._match = template, geometry, match
+        self.template, self._geometry, self._match = template, geometry, match
+        self.metrics = Metrics(in_flight=self._flights.__len__, sessions=store.__len__, store_bytes=store.bytes)
         self._chats: Chats
+        self._proof: Proof | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Open and close the connection pool, on the loop that uses it."""
-        engine = Engine(self._config.upstream.rstrip("/"), timeout=self._config.timeout)
+        engine = self._open_engine()
         self._chats = Chats(
-            template=self._template,
+            template=self.template,
             geometry=self._geometry,
             append_roles=self._config.append_roles,
             model=self._model,
-            store=self._store,
+            store=self.store,
             engine=engine,
             threads=self._threads,
             policy=self._config.policy,
             match=self._match,
+            observe=self._observe,
         )
+        seeking = asyncio.create_task(self._prove(engine)) if self._config.probe else None
         yield
+        if seeking is not None:
+            seeking.cancel()
         self._flights.abort_all()
         await engine.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _open_engine(self) -> Engine | Pairs:
+        config, url = self._config, self._config.upstream.rstrip("/")
+        if not config.pairs:
+            return Engine(url, timeout=config.timeout)
+        if config.pairs == (AUTO,):
+            return Pairs(from_gateway(url, timeout=min(10.0, config.timeout)), timeout=config.timeout)
+        return Pairs(partial(known, *map(Pair.read, config.pairs)), timeout=config.timeout)
+
+    async def _prove(self, engine: Engine | Pairs) -> None:
+        """Try the way to the engine until it is good."""
+        self._proof = Proof(partial(self.try_upstream, engine))
+        await self._proof.seek()
+
+    async def try_upstream(self, engine: Engine | Pairs | None = None) -> list[str]:
+        """What is lost on the way to the engine and back: see `upstream_probe.probe`."""
+        opened = engine or self._open_engine()
+        ids = self.template.encode("pacenote tries the way to the engine")[0]
+        try:
+            return await probe(opened, ids, self._geometry, model=self._model)
+        finally:
+            if engine is None:
+                await opened.close()
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
         return _json({"status": "ok", "instance_id": self._instance, "version": _version()})
 
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics: Prometheus's text."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    def _observe(self, seen: Observed) -> None:
+        self.metrics.answered(seen)
+        answered(seen, content=self._config.log_content)
+
     async def create(self, request: Request) -> Response:
         """POST /sessions."""
-        session = await self._store.create()
-        return _json({"session_id": session.id} | ({"api_key": self._keys.issue(session.id)} if self._keys else {}))
+        session = await self.store.create()
+        return _json({"session_id": session.id} | ({"api_key": self.keys.issue(session.id)} if self.keys else {}))
 
     async def show(self, request: Request) -> Response:
         """GET /sessions/{id}: what was said; empty for an id that is not known, and creates nothing."""
         session_id = request.path_params["session_id"]
-        session = self._store.find(session_id)
+        session = self.store.find(session_id)
         answer: Response = await self._off_loop(_shown, session_id, session, self._flights.count(session_id))
         return answer
 
     async def delete(self, request: Request) -> Response:
         """DELETE /sessions/{id}: at once; what is in flight is aborted."""
         session_id = request.path_params["session_id"]
-        await self._store.delete(session_id)
+        await self.store.delete(session_id)
         self._flights.abort(session_id)
         return Response(status_code=204)
 
@@ -116,7 +160,7 @@ class Front:
             raise BadRequest(
                 f"include_superseded must be true or false, got {superseded!r}", param="include_superseded"
             )
-        session = self._store.find(session_id)
+        session = self.store.find(session_id)
         if session is None:
             raise UnknownSession(f"no session {session_id}: it was never started on this server")
         data = await self._off_loop(_encode, session, superseded)
@@ -136,8 +180,11 @@ class Front:
         session_id = request.path_params["session_id"]
         body = await self._read(request)
         stream, usage = _streaming(body)
-        self._store.find(session_id)  # a deleted session has no answers, recorded ones included
-        completion = await self._complete(request, session_id, body, _key(request, await request.body()))
+        self.store.find(session_id)  # a deleted session has no answers, recorded ones included
+        if self._proof is not None:
+            await self._proof.require()
+        with tracing.span("chat", session_id=session_id):
+            completion = await self._complete(request, session_id, body, _key(request, await request.body()))
         if not stream:
             return Response(completion.data, media_type="application/json")
         events = partial(completion.events, usage=usage)
@@ -236,6 +283,7 @@ def _json(content: Any, status: int = 200) -> Response:
 
 def refuse(request: Request, error: SessionError) -> Response:
     """The answer to an error of ours."""
+    request.scope[CODE] = error.code
     return _json(error.body(), error.status)
 
 
@@ -243,6 +291,7 @@ def refuse_path(request: Request, error: HTTPException) -> Response:
     """The answer to a path that is not served, or not by that method."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    request.scope[CODE] = code
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return _json({"error": body}, error.status_code)
 

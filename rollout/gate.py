@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import httptools
 import orjson
 
+from pacenote.rollout.metrics import CONTENT_TYPE, add_up
 from pacenote.rollout.share import place
 
 HEAD = 64 << 10  # bytes of a request's head
@@ -52,11 +53,9 @@ class Gate:
         self._sockets = list(sockets)
         self._next = itertools.count()
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Answer until cancelled."""
-        server = await asyncio.start_server(self._client, sock=listener, limit=HEAD, backlog=2048)
-        async with server:
-            await server.serve_forever()
+    async def serve(self, listener: socket.socket) -> asyncio.Server:
+        """Answer from now on; closing what is returned lets nobody new in, and what is in flight go on."""
+        return await asyncio.start_server(self._client, sock=listener, limit=HEAD, backlog=2048)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, TimeoutError):
@@ -64,18 +63,38 @@ class Gate:
                 async with asyncio.timeout(PATIENCE):
                     head = await reader.readuntil(b"\r\n\r\n")
                 path, head = read_head(head)
-                down_reader, down_writer = await self._connect(path)
+                if path == "/metrics":
+                    await _say(writer, await self._metrics(head))
+                else:
+                    await self._pass_on(path, head, reader, writer)
             except asyncio.LimitOverrunError:
-                await _say(
-                    writer, _Refusal("431 Too Large", "bad_request", f"the request's head is above {HEAD} bytes")
-                )
+                message = f"the request's head is above {HEAD} bytes"
+                await _say(writer, _Refusal("431 Too Large", "bad_request", message).answer)
             except _Refusal as refusal:
-                await _say(writer, refusal)
-            else:
-                down_writer.write(head)
-                if not await _splice(reader, writer, down_reader, down_writer):
-                    await _say(writer, _down("it ended before it had answered"))
+                await _say(writer, refusal.answer)
         writer.close()
+
+    async def _pass_on(
+        self, path: str, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Copy both ways."""
+        down_reader, down_writer = await self._connect(path)
+        down_writer.write(head)
+        if not await _splice(reader, writer, down_reader, down_writer):
+            raise _down("it ended before it had answered")
+
+    async def _metrics(self, head: bytes) -> bytes:
+        """All processes' metrics added up; the first answer that is not 200 as it is."""
+        texts = []
+        for path in self._sockets:
+            answer = await _ask(path, head)
+            said, _, text = answer.partition(b"\r\n\r\n")
+            if not said.startswith(b"HTTP/1.1 200 "):
+                return answer
+            texts.append(text)
+        body = await asyncio.to_thread(add_up, texts)
+        start = f"HTTP/1.1 200 OK\r\ncontent-type: {CONTENT_TYPE}\r\ncontent-length: {len(body)}\r\n"
+        return f"{start}connection: close\r\n\r\n".encode() + body
 
     async def _connect(self, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """The process that holds the path's session; for a path without one, each in turn.
@@ -90,6 +109,19 @@ class Gate:
             with contextlib.suppress(OSError):
                 return await asyncio.open_unix_connection(self._sockets[index % count])
         raise _down(f"number {first} of {count}")
+
+
+async def _ask(path: Path, head: bytes) -> bytes:
+    """A process's whole answer to a request without a body."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(path)
+    except OSError as error:
+        raise _down(f"socket {path.name}") from error
+    try:
+        writer.write(head)
+        return await reader.read(-1)
+    finally:
+        writer.close()
 
 
 def read_head(head: bytes) -> tuple[str, bytes]:
@@ -115,8 +147,8 @@ def _down(which: str) -> _Refusal:
     return _Refusal("503 Service Unavailable", "worker_unavailable", message)
 
 
-async def _say(writer: asyncio.StreamWriter, refusal: _Refusal) -> None:
-    writer.write(refusal.answer)
+async def _say(writer: asyncio.StreamWriter, answer: bytes) -> None:
+    writer.write(answer)
     await writer.drain()
 
 

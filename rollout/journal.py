@@ -141,6 +141,11 @@ class Journal:
 
         await self._write(write)
 
+    def bytes(self) -> int:
+        """What it takes on disk, with its write-ahead log."""
+        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
     def close(self) -> None:
         """Write what waits, then let go of the file. Closing twice is fine."""
         if self._thread.is_alive():

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pacenote.rollout.errors import BodyTooLarge, StoreError
+from pacenote.rollout.request_log import CODE
 from pacenote.rollout.store import SessionStore
 
 SLOWEST_SWEEP = 30.0  # seconds
@@ -37,6 +38,7 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > self._limit:
             # The rest of the body is on its way: the connection cannot be used for another request.
             error = self._error(f"{int(announced)} bytes")
+            scope[CODE] = error.code
             await JSONResponse(error.body(), error.status, {"connection": "close"})(scope, receive, send)
             return
         count = 0

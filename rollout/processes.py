@@ -23,10 +23,9 @@ import uvloop
 from pacenote.rollout.errors import StartupError
 from pacenote.rollout.gate import Gate
 from pacenote.rollout.launch import PARENT_VARIABLE, exit_with_parent
-from pacenote.rollout.serving import BACKLOG
 from pacenote.rollout.share import Share
 
-GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+GRACE = 5.0  # seconds between the end of the drain and SIGKILL
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before a process is started again that has died before
 Work = Callable[[Share, socket.socket, Callable[[], None]], None]
 """(share, socket to listen on, to be called once it listens) of one process; picklable."""
@@ -106,13 +105,14 @@ class Worker:
             self._process.join()
 
 
-def run(work: Work, listener: socket.socket, *, count: int, ready: Callable[[], None]) -> None:
+def run(work: Work, listener: socket.socket, *, count: int, ready: Callable[[], None], drain: float = 0.0) -> None:
     """Answer on a socket with `count` processes, until SIGTERM or SIGINT.
 
     Args:
         work: what each process runs.
         listener: bound; it listens once all processes do.
         ready: called then.
+        drain: seconds that the processes give what is in flight at the end.
 
     Raises:
         StartupError: a process cannot start.
@@ -123,27 +123,27 @@ def run(work: Work, listener: socket.socket, *, count: int, ready: Callable[[], 
             for worker in workers:
                 worker.start()
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(workers, listener, ready))
+                runner.run(_serve(workers, listener, ready, drain))
         finally:
             for worker in workers:
                 worker.kill()
 
 
-async def _serve(workers: list[Worker], listener: socket.socket, ready: Callable[[], None]) -> None:
+async def _serve(workers: list[Worker], listener: socket.socket, ready: Callable[[], None], drain: float) -> None:
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    gate = asyncio.create_task(Gate([worker.path for worker in workers]).serve(listener))
+    gate = await Gate([worker.path for worker in workers]).serve(listener)
     watches = [asyncio.create_task(worker.watch()) for worker in workers]
-    listener.listen(BACKLOG)  # whoever is told that it is ready may connect
     ready()
     await ended.wait()
+    gate.close()
     for worker in workers:
         worker.stop()
-    await asyncio.wait(watches, timeout=GRACE)  # what is in flight ends through the gate
+    await asyncio.wait(watches, timeout=drain + GRACE)  # what is in flight ends through the gate
     for worker in workers:
         worker.kill()  # or a thread would wait for it, and the loop for that thread
-    for task in (gate, *watches):
+    for task in watches:
         task.cancel()
 
 

@@ -7,16 +7,14 @@ Options, the application, and the command line; the handlers are in `front`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import functools
 import ipaddress
-import os
 import socket
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -31,21 +29,21 @@ from starlette.routing import Route
 from pacenote.replay.errors import ReplayError
 from pacenote.replay.spec import RoutingGeometry, geometry_from_config
 from pacenote.rollout import processes, serving
-from pacenote.rollout.auth import Guard, Keys, read_tokens
+from pacenote.rollout.auth import Guard, Keys
 from pacenote.rollout.dialects import Dialects
 from pacenote.rollout.errors import SessionError, StartupError
-from pacenote.rollout.front import Front, refuse, refuse_bug, refuse_path
+from pacenote.rollout.front import AUTO, Front, refuse, refuse_bug, refuse_path
 from pacenote.rollout.info import Info
-from pacenote.rollout.launch import exit_with_parent
 from pacenote.rollout.limits import BodyLimit, sweep
 from pacenote.rollout.linear import POLICIES
-from pacenote.rollout.matching import MODES, Match, check_name
+from pacenote.rollout.matching import Match, check_name
 from pacenote.rollout.messages import ROLES
+from pacenote.rollout.pairs import Pair
 from pacenote.rollout.proxy import Proxy
+from pacenote.rollout.request_log import FORMATS, RequestLog, configure
 from pacenote.rollout.share import WHOLE, Share
 from pacenote.rollout.store import SessionStore, check_store, open_store
-from pacenote.rollout.template import FAMILIES, Template
-from pacenote.rollout.tito import FLAG
+from pacenote.rollout.template import Template
 
 _PROBE = ("The quick brown fox", "naïve Straße", "路由", "0123456789", "\t  def f(x): return x", "<|user|><|im_start|>")
 
@@ -72,7 +70,13 @@ class SessionConfig:
         tokens: admin tokens for auth "tokens".
         session_ttl: seconds after which a session that nobody uses is forgotten; None keeps it.
         max_body: bytes of a request's body.
+        pairs: prefill/decode pairs to drive instead of asking `upstream`, each PREFILL_URL,BOOTSTRAP_PORT,DECODE_URL;
+            or "auto" alone: those that the gateway at `upstream` lists.
+        probe: answer no chat before the way to the engine was seen to lose nothing.
         workers: processes behind the port; `create_app` makes the application of one.
+        log: lines on stderr for each request and answered chat: "off", "text" or "json".
+        log_content: show in the lines what was said, too.
+        drain: seconds that answers in flight have to end in, after SIGTERM.
 
     Raises:
         ValueError: a value that cannot be.
@@ -96,7 +100,12 @@ class SessionConfig:
     tokens: tuple[str, ...] = field(default=(), repr=False)
     session_ttl: float | None = None
     max_body: int = 64 << 20
+    pairs: tuple[str, ...] = ()
+    probe: bool = False
     workers: int = 1
+    log: str = "off"
+    log_content: bool = False
+    drain: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.upstream.startswith(("http://", "https://")):
@@ -114,6 +123,13 @@ class SessionConfig:
         check_store(self.store)
         if self.session_ttl is not None and not self.session_ttl > 0:
             raise ValueError(f"expected a session ttl above 0 seconds, got {self.session_ttl}")
+        if self.pairs != (AUTO,):
+            for pair in self.pairs:
+                Pair.read(pair)
+        if self.log not in FORMATS:
+            raise ValueError(f"expected a log of {', '.join(FORMATS)}, got {self.log!r}")
+        if not self.drain >= 0:
+            raise ValueError(f"expected a drain of 0 seconds or more, got {self.drain}")
         for name, value in (("max body", self.max_body), ("number of workers", self.workers)):
             if value < 1:
                 raise ValueError(f"expected a {name} of at least 1, got {value}")
@@ -131,6 +147,25 @@ class SessionConfig:
             )
 
 
+def load_front(
+    config: SessionConfig, *, store: SessionStore | None = None, share: Share = WHOLE, instance: str = ""
+) -> Front:
+    """The handlers, with everything that has to be read for them. Arguments and errors as `create_app`."""
+    template = Template.load(
+        config.model,
+        family=config.family,
+        append_roles=config.append_roles,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+    )
+    geometry = load_geometry(config.model) if config.routing_replay else None
+    match = Match.load(config.match)
+    keys = Keys(config.tokens) if config.auth == "tokens" else None
+    if store is None:
+        store = open_store(config.store, share=share, subject=_subject(template, geometry, match))
+    return Front(config, template, geometry, store, match=match, keys=keys, instance=instance)
+
+
 def create_app(
     config: SessionConfig, *, store: SessionStore | None = None, share: Share = WHOLE, instance: str = ""
 ) -> Starlette:
@@ -146,32 +181,23 @@ def create_app(
         StartupError: the model has no usable tokenizer, template or routing, or the journal or the function of
             `config.match` cannot be used.
     """
-    template = Template.load(
-        config.model,
-        family=config.family,
-        append_roles=config.append_roles,
-        chat_template=config.chat_template,
-        trust_remote_code=config.trust_remote_code,
-    )
-    geometry = load_geometry(config.model) if config.routing_replay else None
-    match = Match.load(config.match)
-    keys = Keys(config.tokens) if config.auth == "tokens" else None
-    if store is None:
-        store = open_store(config.store, share=share, subject=_subject(template, geometry, match))
-    front = Front(config, template, geometry, store, match=match, keys=keys, instance=instance)
+    front = load_front(config, store=store, share=share, instance=instance)
+    store, keys = front.store, front.keys
     proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find)
     routes = [
         Route("/health", front.health, methods=["GET"]),
+        Route("/metrics", front.show_metrics, methods=["GET"]),
         Route("/sessions", front.create, methods=["POST"]),
         Route("/sessions/{session_id}", front.show, methods=["GET"]),
         Route("/sessions/{session_id}", front.delete, methods=["DELETE"]),
         Route("/sessions/{session_id}/samples", front.samples, methods=["POST"]),
         Route("/sessions/{session_id}/v1/chat/completions", front.chat, methods=["POST"]),
-        *Dialects(front.chat, front.count, template.decode).routes(),
+        *Dialects(front.chat, front.count, front.template.decode).routes(),
         *Info(config.served_model or config.model, store).routes(),
     ]
     handlers: Any = {SessionError: refuse, HTTPException: refuse_path, Exception: refuse_bug}
-    middleware = [Middleware(Guard, keys=keys)] if keys else []
+    middleware = [Middleware(RequestLog, failed=front.metrics.failed)]
+    middleware += [Middleware(Guard, keys=keys)] if keys else []
     middleware.append(Middleware(BodyLimit, limit=config.max_body))
     app = Starlette(
         routes=routes,
@@ -262,79 +288,20 @@ def serve(config: SessionConfig) -> None:
             _serve_share(config, "", WHOLE, listener, ready)
         else:
             work = functools.partial(_serve_share, config, uuid.uuid4().hex)
-            processes.run(work, listener, count=config.workers, ready=ready)
+            processes.run(work, listener, count=config.workers, ready=ready, drain=config.drain)
 
 
 def _serve_share(
     config: SessionConfig, instance: str, share: Share, listener: socket.socket, ready: Callable[[], None]
 ) -> None:
+    configure(config.log)
     app = create_app(config, share=share, instance=instance)
     listener.listen(serving.BACKLOG)  # whoever is told that it is ready may connect
     ready()
-    serving.run(app, listener)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pacenote serve",
-        description="The session server: OpenAI chat in; exact tokens, logprobs and routed experts kept for training.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="directory with tokenizer and config.json")
-    add("--upstream", required=True, help="base URL of an SGLang-compatible engine or gateway")
-    add("--family", default="auto", choices=["auto", *FAMILIES], help="chat template family")
-    add("--template", dest="chat_template", type=Path, metavar="FILE", help="a chat template instead of the model's")
-    add("--trust-remote-code", action="store_true", help="run the tokenizer code that some models bring")
-    add("--served-model", help="the model's name upstream; the value of --model if left out")
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8100, help="port to listen on; 0 picks a free one")
-    add(FLAG, dest="append_roles", nargs="+", default=["tool"], choices=ROLES, metavar="ROLE",
-        help=f"roles that agents may append after a generated answer, of {', '.join(ROLES)}")  # fmt: skip
-    add("--routing-replay", action=argparse.BooleanOptionalAction, default=True, help="keep routed experts")
-    add("--timeout", type=float, default=600.0, help="seconds that one answer of the engine may take")
-    add("--policy", default="tree", choices=POLICIES,
-        help="tree: what does not extend the history branches off; linear: refused, but for one step back")  # fmt: skip
-    add("--match", default="strict", metavar="MODE",
-        help=f"when two messages are the same: {', '.join(MODES)} or package.module:function")  # fmt: skip
-    add("--store", default="memory", help="where sessions live: memory, or sqlite:PATH to outlive the process")
-    add("--auth", default="off", choices=["off", "tokens"],
-        help="who may ask: anybody (loopback hosts only), or holders of tokens")  # fmt: skip
-    add("--auth-file", type=Path, metavar="PATH",
-        help="admin tokens, one a line; the variable PACENOTE_AUTH_TOKENS if left out")  # fmt: skip
-    add("--session-ttl", type=float, metavar="SECONDS", help="forget sessions that nobody used for so long")
-    add("--max-body", type=int, default=64 << 20, metavar="BYTES", help="largest body of a request")
-    add("--workers", type=int, default=1, metavar="N", help="processes behind the port; each holds its sessions")
-    return parser
-
-
-def serve_command(argv: Sequence[str]) -> int:
-    """`pacenote serve`. Returns the exit code: 0 after a signal, 2 for what the user can put right."""
-    try:
-        options = vars(_parser().parse_args(argv))
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 2
-    exit_with_parent()
-    roles, file = frozenset(options.pop("append_roles")), options.pop("auth_file")
-    try:
-        if options["auth"] == "tokens":
-            options["tokens"] = read_tokens(file, os.environ)
-        elif file is not None:
-            raise ValueError("expected --auth tokens with --auth-file")
-        config = SessionConfig(append_roles=roles, **options)
-        serve(config)
-    except OSError as error:
-        address = f"{options['host']}:{options['port']}"
-        return _fail(f"cannot listen on {address}: {error.strerror or error}; choose another --port")
-    except (ValueError, OverflowError) as error:
-        return _fail(str(error))
-    return 0
-
-
-def _fail(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return 2
+    serving.run(app, listener, drain=config.drain)
 
 
 if __name__ == "__main__":
+    from pacenote.rollout.serve_cli import serve_command
+
     sys.exit(serve_command(sys.argv[1:]))

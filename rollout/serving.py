@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -29,10 +30,16 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: ASGIApp, listener: socket.socket) -> None:
-    """Answer on a socket that listens already, until SIGTERM or SIGINT."""
+def run(app: ASGIApp, listener: socket.socket, *, drain: float = 0.0) -> None:
+    """Answer on a socket that listens already, until SIGTERM or SIGINT, and `drain` seconds more what is in flight."""
     options = uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2, backlog=BACKLOG
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(drain),
+        backlog=BACKLOG,
+        log_config=None,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Server(options).serve(sockets=[listener]))

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from pacenote.replay.errors import ReplayError
 from pacenote.replay.spec import RoutingGeometry
+from pacenote.rollout import tracing
 from pacenote.rollout.errors import BadRequest, ContextOverflow, RollbackFailed, UpstreamError, UpstreamTimeout
 from pacenote.rollout.messages import parse_message
+from pacenote.rollout.request_log import request_id
 from pacenote.rollout.rows import Rows, read_rows
 from pacenote.rollout.turn import Answer, Prompt
 
@@ -114,7 +116,7 @@ class Engine:
             UpstreamTimeout: no answer in time.
         """
         try:
-            response = await self._client.post(self._url, content=body, headers={"content-type": "application/json"})
+            response = await self._client.post(self._url, content=body, headers=_headers())
         except httpx.TimeoutException as error:
             raise UpstreamTimeout(f"the engine at {self._url} did not answer within {self._timeout:g} s") from error
         except httpx.HTTPError as error:
@@ -126,6 +128,12 @@ class Engine:
     async def close(self) -> None:
         """Close the pool."""
         await self._client.aclose()
+
+
+def _headers() -> dict[str, str]:
+    """Of a request to the engine: its log and its trace can be told from ours."""
+    name = request_id()
+    return {"content-type": "application/json", **({"x-request-id": name} if name else {}), **tracing.outgoing()}
 
 
 def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:

@@ -81,6 +81,14 @@ class SessionStore(Protocol):
         """Forget sessions that nobody used for `idle` seconds; being `busy` now is use. Returns their ids."""
         ...
 
+    def __len__(self) -> int:
+        """Sessions that are held."""
+        ...
+
+    def bytes(self) -> int | None:
+        """What they take on disk; None where they take nothing."""
+        ...
+
     async def close(self) -> None:
         """Finish what was begun. Nothing is called after this."""
         ...
@@ -106,8 +114,12 @@ class MemoryStore:
         self._clock = clock
 
     def __len__(self) -> int:
-        """Sessions that are held."""
+        """See `SessionStore.__len__`."""
         return len(self._sessions)
+
+    def bytes(self) -> int | None:
+        """See `SessionStore.bytes`."""
+        return None
 
     async def create(self) -> Session:
         """See `SessionStore.create`."""
@@ -249,6 +261,10 @@ class JournalStore(MemoryStore):
         while self._begun:
             await asyncio.wait(self._begun)
         await asyncio.to_thread(self._journal.close)
+
+    def bytes(self) -> int | None:
+        """See `SessionStore.bytes`."""
+        return self._journal.bytes()
 
     async def _commit(
         self, session: Session, pending: Pending, answers: Sequence[Answer], id: str, created: float

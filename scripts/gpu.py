@@ -94,7 +94,7 @@ def benchmark(name: str, out: Path, least: float) -> Stage:
 
 def stages(out: Path) -> list[Stage | Outcome]:
     """All of them, in order; an Outcome is one that cannot run here."""
-    least = {"route": 75, "permute": 30, "pack": 50, "logprob": 90, "policy": 40}
+    least = {"route": 75, "permute": 30, "pack": 50, "logprob": 90, "policy": 40, "step": 60}
     rows = [benchmark(name, out, seconds) for name, seconds in least.items()]
     return [*tests(), races(), *sanitizer.stages(), *rows]
 

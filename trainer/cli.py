@@ -13,6 +13,7 @@ usage: pacenote <command> ...
   train --resume RUN_DIR  go on with an interrupted run
   report RUN_DIR          write RUN_DIR/report.html again
   serve [flags]           the session server: OpenAI chat in, exact tokens, logprobs and routes kept
+  workers COMMAND [flags] add, list, remove and watch the workers of a router
   verify-template [flags] does a model's chat template only append? tried on a CPU over all orders of roles
   doctor MODEL [flags]    which layers of a model route, and whether replay is exact; a folder or its config.json
   --version               print the version
@@ -34,7 +35,14 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"train": _train, "report": _report, "serve": _serve, "verify-template": _verify, "doctor": _doctor}
+    commands = {
+        "train": _train,
+        "report": _report,
+        "serve": _serve,
+        "workers": _workers,
+        "verify-template": _verify,
+        "doctor": _doctor,
+    }
     if command not in commands:
         return _fail(f"unknown command {command!r}; the commands are: {', '.join(commands)}", 2)
     return commands[command](rest)
@@ -91,7 +99,7 @@ def _report(words: list[str]) -> int:
 
 
 def _serve(words: list[str]) -> int:
-    from pacenote.rollout.server import serve_command
+    from pacenote.rollout.serve_cli import serve_command
 
     return serve_command(words)
 
@@ -100,6 +108,12 @@ def _verify(words: list[str]) -> int:
     from pacenote.rollout.verify import verify_command
 
     return verify_command(words)
+
+
+def _workers(words: list[str]) -> int:
+    from pacenote.rollout.workers_cli import workers_command
+
+    return workers_command(words)
 
 
 def _doctor(words: list[str]) -> int:

@@ -55,7 +55,8 @@ class Fleet:
             self.serving = version
         port = self.config.session_port or free_port()
         roles = ("--tito-allowed-append-roles", *self.config.append_roles)
-        command = sessions_command(model, upstream=self.engine_url, port=port, extra=roles)
+        options = (*roles, "--drain", "1")  # at the end of a run nobody waits for an answer
+        command = sessions_command(model, upstream=self.engine_url, port=port, extra=options)
         self._sessions = _start("the session server", command, port, self.logs / "sessions.log")
         if self._engine is not None:
             _wait(self._engine)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pacenote.kernels.logprob import linear_logprob
 from pacenote.kernels.pack import PackedBatch, Routes
+from pacenote.kernels.policy import PolicyConfig, PolicyOutput, policy_loss
+from pacenote.kernels.policy_hidden import policy_loss_from_hidden
 from pacenote.kernels.spec import Provenance
 from pacenote.replay.audit import Audit
 from pacenote.replay.exact import Exact
@@ -86,20 +88,53 @@ class HfBackend:
         """Take the hooks off the model."""
         self.replay.detach()
 
-    def logprobs(self, batch: PackedBatch, routes: Routes | None) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Logprob and entropy [T] float32 of each target; gradients flow if autograd is on.
 
         Must run inside `self.routed(routes)`, which a backward pass must not outlive.
         """
+        hidden = self._hidden(batch)
         if self.exact is not None:
-            with self.exact.forward():
-                hidden = self.model.base_model(**batch.inputs).last_hidden_state
             return self.exact.logprobs(hidden, batch.targets, self.temperature, batch.loss_mask)
-        hidden = self.model.base_model(**batch.inputs).last_hidden_state
         head = self.model.get_output_embeddings()
         return linear_logprob(
             hidden, head.weight, batch.targets, temperature=self.temperature, bias=head.bias, mask=batch.loss_mask
         )
+
+    def loss(
+        self,
+        batch: PackedBatch,
+        config: PolicyConfig,
+        *,
+        group_tokens: Tensor | None = None,
+        denominator: float | None = None,
+    ) -> PolicyOutput:
+        """The policy loss of a batch with old logprobs, through the head and back, chunk by chunk.
+
+        Must run inside `self.routed(...)`, and so must its backward. Arguments as `policy_loss`; group_tokens [S].
+        """
+        if self.exact is not None:
+            logprob, entropy = self.logprobs(batch)
+            return policy_loss(
+                logprob, batch, config, entropy=entropy, group_tokens=group_tokens, denominator=denominator
+            )
+        head = self.model.get_output_embeddings()
+        return policy_loss_from_hidden(
+            self._hidden(batch),
+            head.weight,
+            batch,
+            config,
+            temperature=self.temperature,
+            bias=head.bias,
+            group_tokens=group_tokens,
+            denominator=denominator,
+        )
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [1, T, D] that the head reads."""
+        with self.exact.forward() if self.exact is not None else contextlib.nullcontext():
+            hidden: Tensor = self.model.base_model(**batch.inputs).last_hidden_state
+        return hidden
 
     @contextlib.contextmanager
     def routed(self, routes: Routes | None) -> Iterator[None]:
@@ -114,13 +149,13 @@ class HfBackend:
     def score(self, batch: PackedBatch, routes: Routes | None) -> Tensor:
         """Logprob [T] float32 of each target with the routes given, or the model's own."""
         with self.routed(routes):
-            return self.logprobs(batch, routes)[0]
+            return self.logprobs(batch)[0]
 
     @torch.no_grad()
     def score_native(self, batch: PackedBatch) -> tuple[Tensor, Routes]:
         """Logprob [T] float32 under the model's own routing, and that routing."""
         with self.replay.record() as record:
-            logprob = self.logprobs(batch, None)[0]
+            logprob = self.logprobs(batch)[0]
         rows = record.rows().reshape(batch.num_tokens, len(self.replay.layers), -1)
         return logprob, Routes(rows=rows, state=torch.ones_like(batch.tokens, dtype=torch.uint8), num_experts=None)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pacenote.kernels.pack import PackedBatch, Routes
-from pacenote.kernels.policy import PolicyConfig, policy_loss
+from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.batch import Microbatch
 from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.gap import Gap, Meter
@@ -106,10 +106,7 @@ def update(
             continue
         for item, size in zip(prepared, sizes, strict=True):
             with backend.routed(item.routes):
-                logprob, entropy = backend.logprobs(item.batch, item.routes)
-                out = policy_loss(
-                    logprob, item.batch, config, entropy=entropy, group_tokens=size, denominator=denominator
-                )
+                out = backend.loss(item.batch, config, group_tokens=size, denominator=denominator)
                 said = out.read()
                 _check_finite(said["loss"], "loss", step, backend.optimizer.zero_grad)
                 out.backward()

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from pacenote.kernels.pack import PackedBatch, Routes, pack
     from pacenote.kernels.permute import Permutation, permutation
     from pacenote.kernels.policy import PolicyConfig, policy_loss
+    from pacenote.kernels.policy_hidden import policy_loss_from_hidden
     from pacenote.kernels.route import RouteStats, replay_topk
     from pacenote.kernels.spec import RouterSpec
     from pacenote.replay.hf import attach
     from pacenote.replay.megatron import attach_megatron
     from pacenote.replay.record import RoutingRecord
+    from pacenote.rollout.pool import WorkerPool
     from pacenote.rollout.server import SessionConfig, create_app
     from pacenote.rollout.trajectory import Trajectory
 else:
@@ -40,6 +42,7 @@ else:
         "RoutingRecord": "replay.record",
         "SessionConfig": "rollout.server",
         "Trajectory": "rollout.trajectory",
+        "WorkerPool": "rollout.pool",
         "attach": "replay.hf",
         "attach_megatron": "replay.megatron",
         "create_app": "rollout.server",
@@ -48,6 +51,7 @@ else:
         "pack": "kernels.pack",
         "permutation": "kernels.permute",
         "policy_loss": "kernels.policy",
+        "policy_loss_from_hidden": "kernels.policy_hidden",
         "replay_topk": "kernels.route",
     }
 
@@ -72,6 +76,7 @@ __all__ = [
     "RoutingRecord",
     "SessionConfig",
     "Trajectory",
+    "WorkerPool",
     "__version__",
     "attach",
     "attach_megatron",
@@ -81,5 +86,6 @@ __all__ = [
     "pack",
     "permutation",
     "policy_loss",
+    "policy_loss_from_hidden",
     "replay_topk",
 ]

@@ -125,10 +125,10 @@ def test_everything_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     names = [part.name for part in plan]
     assert names == [
         "tests", "graphs", "races", "planted fault", "memcheck", "racecheck", "synccheck", "initcheck",
-        "route", "permute", "pack", "logprob", "policy",
+        "route", "permute", "pack", "logprob", "policy", "step",
     ]  # fmt: skip
     assert sum(part.least for part in plan) < gpu.SECONDS
-    for part in plan[-5:]:
+    for part in plan[-6:]:
         assert part.command(50)[-4:] == ["--out", str(tmp_path), "--seconds", "50"]
 
 

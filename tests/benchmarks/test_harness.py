@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, logprob, pack, peers, permute, plot, policy, route
+from benchmarks import harness, logprob, pack, peers, permute, plot, policy, route, step
 from benchmarks.case import OURS, Absent, Case, Floor, Implementation
 from benchmarks.harness import Cases, Setting
 from benchmarks.machine import Ceilings
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, Cases] = {
     "permute": permute.cases,
     "pack": pack.cases,
     "logprob": logprob.cases,
+    "step": step.cases,
 }
 TINY = ["--tokens", "8", "24", "--models", "glm-4.7-flash", "kimi-k2", "--repeats", "1"]
 
@@ -200,6 +202,22 @@ def test_logprob_check_sees_what_is_wrong() -> None:
         wrong = replace(right, **{name: getattr(right, name) + 1})
         with pytest.raises(AssertionError, match=f"{name}_error is"):
             logprob.check(inputs, wrong)
+
+
+@pytest.mark.parametrize("work", step.WORKS)
+def test_step_check_sees_what_is_wrong(work: str) -> None:
+    config = step.WORKS[work]
+    inputs = step.make(config, 16, 50, 40, CPU, 0)
+    for ours in (step.one_pass, step.two_calls, partial(step.with_score, logprob.chunked)):
+        right = ours(config, inputs)
+        step.check(config, inputs, right)
+        assert all(0 <= error < 0.3 for error in step.errors(config, inputs, right).values())
+    for name in ("loss", "dhidden", "dweight"):
+        wrong = replace(right, **{name: getattr(right, name) * 2})
+        with pytest.raises(AssertionError, match=f"{name} is"):
+            step.check(config, inputs, wrong)
+    twice = replace(right, dhidden=right.dhidden * 2)
+    assert work != "grpo" or step.errors(config, inputs, twice)["dhidden_error"] > 0.8
 
 
 def test_permute_check_sees_what_is_wrong() -> None:

@@ -102,7 +102,19 @@ def test_by_the_clock() -> None:
     assert timed.repeats == 6
     assert 2000 <= timed.p10_us <= timed.median_us <= timed.p90_us < 2e6
     assert timed.method == "clock, eager, over 2 inputs"
-    assert timed.peak_bytes is None
+    assert timed.peak_bytes == 0
+
+
+def test_the_peak_of_a_cpu() -> None:
+    """What is alive at once, not what is made: two tensors of three, and the result."""
+
+    def call() -> torch.Tensor:
+        first = torch.ones(1 << 20)
+        second = first + 1
+        del first
+        return second * 2
+
+    assert 0 <= timing.peak_bytes_cpu(call) - 2 * 4 * (1 << 20) < 1024  # the numbers 1 and 2 are tensors for a moment
 
 
 def test_slow_calls_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:

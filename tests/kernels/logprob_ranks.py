@@ -1,6 +1,7 @@
 """One rank of a vocabulary in parts; see `test_logprob_group`. Run as `python -m tests.kernels.logprob_ranks`.
 
-What it saves: for each case logprob, entropy, and the gradients of hidden states, weight and bias.
+What it saves: for each case logprob and entropy, or the loss and its sums by sample, and the gradients of hidden
+states, weight and bias.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from pacenote.kernels import launch
 from pacenote.kernels.logprob import linear_logprob, logprob_from_logits
 from pacenote.kernels.logprob_chunks import LogprobChunks
 from pacenote.kernels.logprob_head import Mode
+from pacenote.kernels.policy import PolicyConfig
+from pacenote.kernels.policy_hidden import policy_loss_from_hidden
+from tests.kernels.hidden_checks import Batch
 
 SIZE, TOKENS, DIM, VOCAB = 2, 11, 8, 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """How logprobs are computed; `way` is the function: "linear", "logits" or "chunks"."""
+    """How logprobs are computed; `way` is the function: "linear", "logits", "chunks", or "loss" of the policy."""
 
     way: str = "linear"
     dtype: torch.dtype = torch.float64
@@ -43,6 +47,8 @@ CASES = {
     "invariant": Case(mode="invariant", dtype=torch.float32, bound=17),
     "logits": Case(way="logits", bound=17),
     "chunks": Case(way="chunks", biased=True, bound=17),
+    "loss": Case(way="loss", biased=True, bound=17),
+    "loss of half": Case(way="loss", dtype=torch.bfloat16),
 }
 
 
@@ -62,7 +68,7 @@ def inputs(case: Case) -> list[Tensor]:
 
 
 def results(case: Case, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Logprob, entropy and gradients; with a group of this rank's part."""
+    """What is saved of a case; with a group of this rank's part."""
     hidden, weight, bias, targets, heat, mask, *slopes = inputs(case)
     own = slice(None) if group is None else slice(group.rank() * VOCAB // SIZE, (group.rank() + 1) * VOCAB // SIZE)
     options: dict[str, Any] = {"temperature": heat, "mask": mask, "vocab_bound": case.bound, "chunk": 4, "group": group}
@@ -81,6 +87,13 @@ def results(case: Case, group: dist.ProcessGroup | None) -> list[Tensor]:
             chunk.backward(slopes[0][chunk.index], slopes[1][chunk.index])
         return [*found, *(x for x in run.gradients() if x is not None)]
     leaves = [x.requires_grad_() for x in leaves]
+    if case.way == "loss":
+        ids = torch.arange(TOKENS) // 5
+        batch = Batch(options.pop("mask"), -slopes[0].abs(), None, slopes[1], ids, 3, targets.clamp(min=0), TOKENS)
+        config = PolicyConfig(entropy_coef=0.1, normalize="sequence")
+        loss = policy_loss_from_hidden(leaves[0], leaves[1], batch, config, **options)
+        loss.backward()
+        return [loss.loss.detach(), loss.sums, *(x.grad for x in leaves if x.grad is not None)]
     out = linear_logprob(leaves[0], leaves[1], targets, **options)
     return [x.detach() for x in (*out, *torch.autograd.grad(out, leaves, slopes))]
 

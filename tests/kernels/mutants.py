@@ -1,12 +1,15 @@
-"""Broken kernels, each with the check that must catch it. Run under TRITON_INTERPRET=1, from the repository's root:
+"""Broken kernels, each with the check that must catch it. Run from the repository's root:
 
-    python -m tests.kernels.mutants route    # one JSON line a mutant: its name, the check, and what the check said
+    TRITON_INTERPRET=1 python -m tests.kernels.mutants route
+
+Prints a JSON line a mutant: its name, the check, and what the check said.
 
 A mutant is the source of a kernel with a text replaced. `mutants_NAME.py` lists those of a kernel:
 
 - MODULES: its source modules in import order; the op looks up the last one in `pacenote.kernels` at every call.
 - CHECKS: the kernel's checks by name, functions of a device.
 - MUTANTS: what is replaced, and the check that fails with it.
+- INTERPRETED: False where there is no kernel to interpret, but what calls some; TRITON_INTERPRET is 0 then.
 
 The first line of each kernel is the kernel as it is, under all the checks that its mutants name.
 """
@@ -27,6 +30,7 @@ from types import ModuleType
 import torch
 
 import pacenote.kernels
+from pacenote.kernels import launch
 from tests.kernels import interpreter
 
 KERNELS = tuple(sorted(path.stem.removeprefix("mutants_") for path in Path(__file__).parent.glob("mutants_*.py")))
@@ -106,7 +110,8 @@ def trial(kernel: str) -> Iterator[dict[str, str]]:
 
 def main() -> None:
     """Try the kernels that are named, or all."""
-    interpreter.install()
+    if launch.INTERPRETED:
+        interpreter.install()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
     for kernel in sys.argv[1:] or KERNELS:
         for row in trial(kernel):

@@ -27,8 +27,14 @@ CAUGHT = ("AssertionError", "IndexError")
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_mutant_is_caught(kernel: str) -> None:
-    listed = importlib.import_module(f"tests.kernels.mutants_{kernel}").MUTANTS
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    module = importlib.import_module(f"tests.kernels.mutants_{kernel}")
+    listed, interpreted = module.MUTANTS, getattr(module, "INTERPRETED", True)
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": str(int(interpreted)),
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.mutants", kernel]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -378,13 +378,14 @@ class ScriptedEngine:
 
     Attributes:
         write: makes the answer from the body; a default one if None.
-        bodies: all bodies that came.
+        bodies, headers: of all requests that came.
         arrived: released once a request has come.
         aborted: released once a request that was held lost its client.
     """
 
     write: Writer | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[Mapping[str, str]] = field(default_factory=list)
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     aborted: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     url: str = ""
@@ -394,7 +395,7 @@ class ScriptedEngine:
 
     def reset(self) -> None:
         """As new: nothing seen, nothing held, the default answer."""
-        self.write, self.bodies = None, []
+        self.write, self.bodies, self.headers = None, [], []
         self.arrived, self.aborted = threading.Semaphore(0), threading.Semaphore(0)
         self._gate.set()
 
@@ -413,6 +414,7 @@ class ScriptedEngine:
         self._loop = asyncio.get_running_loop()
         body = await request.json()
         self.bodies.append(body)
+        self.headers.append(request.headers)
         self.arrived.release()
         self._passes, passes = self._passes - 1, self._passes > 0
         if not passes and not await self._released(request):

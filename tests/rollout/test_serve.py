@@ -21,7 +21,8 @@ import pytest
 
 from pacenote.rollout.gate import read_head
 from pacenote.rollout.launch import Service, free_port, sessions_command
-from pacenote.rollout.server import SessionConfig, create_app, serve_command
+from pacenote.rollout.serve_cli import serve_command
+from pacenote.rollout.server import SessionConfig, create_app
 from pacenote.rollout.share import place
 
 if TYPE_CHECKING:

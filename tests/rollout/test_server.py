@@ -15,7 +15,8 @@ import pytest
 from starlette.responses import Response
 
 from pacenote.rollout.errors import StartupError
-from pacenote.rollout.server import SessionConfig, create_app, load_geometry, serve_command
+from pacenote.rollout.serve_cli import serve_command
+from pacenote.rollout.server import SessionConfig, create_app, load_geometry
 from tests.rollout.talk import MORE, USER, WAIT, chat, error, records, said, samples, start
 
 if TYPE_CHECKING:

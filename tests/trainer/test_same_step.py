@@ -73,7 +73,7 @@ def step(directory: Path, trajectories: list[Trajectory], *, double: bool = Fals
     experts = []
     for batch in batches:
         with torch.no_grad(), backend.routed(batch.routes), backend.replay.record() as record:
-            backend.logprobs(batch, batch.routes)
+            backend.logprobs(batch)
             experts.append(record.rows().cpu())
     backend.audit()
     prepared, _ = prepare(backend, [items], "rollout")
