@@ -40,6 +40,8 @@ DIFFERENCES: dict[str, dict[str, str]] = {
     "generate": {},
     "info": {
         r"^/v1/loads: ": "the embedded engine reports requests and tokens, not what a GPU holds",
+        r"server_info: instance_id: not SGLang's": "tells one start from the next on the same port",
+        r"server_info: disaggregation_bootstrap_port": "8998 by default; the embedded engine has one as prefill only",
         r"server_info: internal_states": "the embedded engine has no scheduler with a state of its own",
         r"server_info: max_": "sizes of another memory",
         r"model_info: (embedding|load_format): missing": "features that the embedded engine lacks",
