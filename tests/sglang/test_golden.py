@@ -14,7 +14,8 @@ from tests.sglang.conftest import START_SECONDS, Start
 
 INFO = {"model_path", "tokenizer_path", "served_model_name", "host", "port", "dtype", "device", "random_seed",
         "context_length", "max_running_requests", "max_prefill_tokens", "max_total_num_tokens", "tool_call_parser",
-        "reasoning_parser", "weight_version", "enable_return_routed_experts", "disaggregation_mode", "disaggregation_bootstrap_port", "tp_size",
+        "reasoning_parser", "weight_version", "enable_return_routed_experts", "disaggregation_mode",
+        "disaggregation_bootstrap_port", "tp_size",
         "dp_size", "pp_size", "version", "status"}  # fmt: skip
 """What gateways and pools read of /server_info, whose five hundred fields are SGLang's own options."""
 
