@@ -16,6 +16,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -137,7 +138,11 @@ class WeightUpdates:
 
     def leave(self, name: str) -> UpdateResult:
         """POST /destroy_weights_update_group."""
-        if self._groups.pop(name, None) is None:
+        group = self._groups.pop(name, None)
+        if group is not None:
+            with suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(group)
+        else:
             return _no("The group to be destroyed does not exist.")
         return _yes("Succeeded to destroy custom process group.")
 
@@ -209,6 +214,7 @@ def weight_group(
     group, _ = c10d._new_process_group_helper(
         size, rank, [], dist.Backend(backend), c10d.PrefixStore(name, store), group_name=name, timeout=wait
     )
+    c10d._world.pg_group_ranks[group] = {place: place for place in range(size)}  # without it it cannot be destroyed
     made: dist.ProcessGroup = group
     return made
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -29,7 +31,6 @@ from pacenote.trainer.engines import Engine, Pause, each
 from pacenote.trainer.errors import EngineDied, StaleWeights
 
 KEEP = 2  # an engine may be restarted from the last version while the next is being written
-GROUP = "pacenote"
 Named = tuple[str, Tensor]
 
 
@@ -91,6 +92,7 @@ class WeightSync:
     def __init__(self, urls: Sequence[str], config: SyncConfig) -> None:
         self.urls, self.config = tuple(urls), config
         self._group: torch.distributed.ProcessGroup | None = None
+        self._name = ""
 
     def push(self, weights: Weights, version: int) -> None:
         """Have all engines serve `weights` as `version`, and confirm that they do.
@@ -116,6 +118,9 @@ class WeightSync:
 
     def forget(self) -> None:
         """The process group is broken, or an engine of it was started again: make another one next time."""
+        if self._group is not None:
+            with suppress(RuntimeError, ValueError):
+                torch.distributed.destroy_process_group(self._group)
         self._group = None
 
     def _pause(self, engines: Sequence[Engine]) -> None:
@@ -160,7 +165,7 @@ class WeightSync:
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": GROUP,
+                "group_name": self._name,
                 "weight_version": version,
                 "flush_cache": self._flush,
             }
@@ -177,7 +182,6 @@ class WeightSync:
                 told.result()
         if any(engine.error for engine in engines):
             self.forget()
-            each(engines, lambda engine: engine.post("destroy_weights_update_group", {"group_name": GROUP}))
         each(engines, lambda engine: engine.post("end_weight_update", {}))
 
     def _joined(self, engines: Sequence[Engine]) -> torch.distributed.ProcessGroup | None:
@@ -187,16 +191,15 @@ class WeightSync:
         ranks = each(engines, Engine.ranks)
         first = [1 + sum(ranks[:place]) for place in range(len(ranks))]
         backend, port, size = ("nccl" if torch.cuda.is_available() else "gloo"), free_port(), 1 + sum(ranks)
+        self._name = f"pacenote-{uuid.uuid4().hex[:8]}"
 
         def join(place: int) -> None:
-            engines[place].post("destroy_weights_update_group", {"group_name": GROUP})
-            engines[place].error = None  # mostly there was none to leave
             body = {
                 "master_address": self.config.address,
                 "master_port": port,
                 "rank_offset": first[place],
                 "world_size": size,
-                "group_name": GROUP,
+                "group_name": self._name,
                 "backend": backend,
             }
             engines[place].post("init_weights_update_group", body)
@@ -205,7 +208,7 @@ class WeightSync:
             joining = [beside.submit(join, place) for place in range(len(engines))]
             try:
                 self._group = weight_group(
-                    self.config.address, port, rank=0, size=size, name=GROUP, backend=backend,
+                    self.config.address, port, rank=0, size=size, name=self._name, backend=backend,
                     timeout=min(120.0, self.config.timeout),
                 )  # fmt: skip
             except RuntimeError as error:
