@@ -67,8 +67,8 @@ class Answers:
         meta = self._meta(asked, done, version)
         if body.return_logprob:
             meta |= self._meta_logprobs(done, text=body.return_text_in_logprobs, top=body.top_logprobs_num > 0)
-        if body.return_routed_experts:
-            meta["routed_experts"] = self._routes(asked, done)
+        if body.return_routed_experts and (routes := self._routes(asked, done)) is not None:
+            meta["routed_experts"] = routes
         return {"text": self._text(asked.params, done), "output_ids": list(done.output_ids), "meta_info": meta}
 
     def chat(self, body: ChatBody, asked: Asked, done: Completion, version: str) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class Side:
         if self.mode == "decode":
             request.begin(await self._fetch(room))
             done = await ask()
-            return done if done.rows is None else replace(done, rows=_blank(done, len(request.prompt_ids)))
+            return replace(done, rows=_blank(done, len(request.prompt_ids)))
         done_: list[Completion] = []
 
         async def offer() -> HandOver:
@@ -214,6 +214,8 @@ def _hand_over(done: Completion) -> HandOver:
 
 
 def _blank(done: Completion, prompt: int) -> Any:
+    if done.rows is None or len(done.output_ids) < 2:
+        return None
     rows = np.array(done.rows)
     rows[:prompt] = 0
     return rows

@@ -207,12 +207,15 @@ def join(prefill: bytes, decode: bytes, *, start: int) -> bytes:
         changed["input_token_logprobs"] = first["input_token_logprobs"]
     if "cached_tokens" in first:
         changed["cached_tokens"] = first["cached_tokens"]
-    if meta.get("routed_experts") is not None:
+    theirs = meta.get("routed_experts")
+    if theirs is None and meta.get("completion_tokens") == 1:
+        theirs = first.get("routed_experts")  # decode computed nothing: all rows are prefill's, and SGLang sends none
+    if theirs is not None:
         counts = (
             int(meta["prompt_tokens"]) - start,
             int(meta["prompt_tokens"]) + int(meta["completion_tokens"]) - 1 - start,
         )
-        changed["routed_experts"] = join_rows(first.get("routed_experts"), meta["routed_experts"], *counts)
+        changed["routed_experts"] = join_rows(first.get("routed_experts"), theirs, *counts)
     choice["meta_info"] = changed
     return orjson.dumps(answer)
 

@@ -29,7 +29,7 @@ def find_python(environment: Mapping[str, str] | None = None) -> Path:
     roots = (Path.cwd(), Path(__file__).resolve().parent.parent)
     places = [Path(named)] if named else [root / VENV / "bin" / "python" for root in roots]
     for place in places:
-        if os.access(place, os.X_OK):
+        if place.is_file() and os.access(place, os.X_OK):
             return place.absolute()  # not resolved: the link is what makes it that environment's python
     where = f"{PYTHON_VARIABLE}={named}" if named else " or ".join(str(place) for place in places)
     raise ServiceError(

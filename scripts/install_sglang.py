@@ -114,6 +114,8 @@ def main() -> None:
     pip("-c", str(CONSTRAINTS), *IMPORTS)
     pip("--no-deps", SGLANG)
     pip("--no-deps", "--force-reinstall", str(SHIM))
+    for built in (SHIM / "build", *SHIM.glob("*.egg-info")):
+        shutil.rmtree(built, ignore_errors=True)
     install_mooncake()
     stamp.write_text(wanted)
 

@@ -11,10 +11,13 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.rollout.gateways import SMG, gateway
 
 CONTEXT = 160
 PROMPT = [10, 11, 12, 13, 14, 100, 30, 31]
@@ -62,7 +65,7 @@ class Caller:
 
     def _fresh(self, name: str, path: str, body: dict[str, Any]) -> Any:
         """Ask with an empty prefix cache, so that an answer does not depend on what was asked before."""
-        assert self.http.post("/flush_cache").status_code == 200
+        self.http.post("/flush_cache")  # a gateway passes it on, or knows no such thing
         return self(name, "POST", path, {key: value for key, value in body.items() if value is not None})
 
     def during(self, act: Callable[[], object], ask: Callable[[], object], *, tokens: int = 20) -> None:
@@ -196,13 +199,6 @@ def control_calls(call: Caller) -> None:
     post("abort nobody", "abort_request", {"rid": "nobody"})
     post("abort all", "abort_request", {"abort_all": True})
     post("abort without a name", "abort_request", {})
-    post("end before begin", "end_weight_update", {})
-    tensors = {"serialized_named_tensors": ["AAAA"], "weight_version": "3"}
-    post("tensors before begin", "update_weights_from_tensor", tensors)
-    post("begin", "begin_weight_update", {})
-    post("end", "end_weight_update", {})
-    post("new version", "update_weight_version", {"new_version": "4"})
-    call("version after naming it", "GET", "/model_info")
     long = {"max_new_tokens": 100}
     for mode in ("in_place", "retract"):
 
@@ -224,6 +220,36 @@ def control_calls(call: Caller) -> None:
         lambda: call.generate("through abort", params=long, return_logprob=True, return_routed_experts=True),
     )
     post("continue abort", "continue_generation", {})
+    post("end before begin", "end_weight_update", {})
+    tensors = {"serialized_named_tensors": ["AAAA"], "weight_version": "3"}
+    post("tensors before begin", "update_weights_from_tensor", tensors)
+    post("begin", "begin_weight_update", {})
+    post("end", "end_weight_update", {})
+    post("new version", "update_weight_version", {"new_version": "4"})
+    call("version after naming it", "GET", "/model_info")
+
+
+def worker_calls(call: Caller, url: str) -> None:
+    """What a gateway (`call`'s) says of the engine at `url`: what it learnt by asking it stands in its listing."""
+    added = call("add", "POST", "/workers", {"url": url, "worker_type": "regular"})
+    _until(call.http, lambda workers: bool(workers) and workers[0]["is_healthy"])
+    call("list", "GET", "/workers")
+    call("models", "GET", "/v1/models")
+    assert httpx.post(f"{url}/flush_cache", trust_env=False).status_code == 200  # the gateway passes no flush on
+    call.chat("chat", **TRAINED)
+    call("add again", "POST", "/workers", {"url": url, "worker_type": "regular"})
+    call("remove", "DELETE", f"/workers/{added['worker_id']}")
+    _until(call.http, lambda workers: not workers)
+    call("list without", "GET", "/workers")
+    call("remove again", "DELETE", f"/workers/{added['worker_id']}")
+
+
+def _until(gateway: httpx.Client, fits: Callable[[list[dict[str, Any]]], bool]) -> None:
+    """Wait for a listing that fits: a gateway takes workers in and lets them go in its own time."""
+    deadline = time.monotonic() + 60
+    while not fits(listing := gateway.get("/workers").json()["workers"]):
+        assert time.monotonic() < deadline, listing
+        time.sleep(0.1)
 
 
 CALLS: dict[str, Callable[[Caller], None]] = {
@@ -232,3 +258,21 @@ CALLS: dict[str, Callable[[Caller], None]] = {
     "info": info_calls,
     "control": control_calls,
 }
+KINDS = ("chat", "generate", "info", "workers", "control")
+"""In the order in which they are asked: after the last, SGLang no longer has the name that it was started with."""
+
+
+def answers_of(kind: str, url: str, model: Path) -> Answers:
+    """The answers of the engine at `url`, which serves the directory `model`, to one kind of calls.
+
+    "workers" puts the gateway smg in front of it, and skips the test where that is not installed.
+    """
+    with ExitStack() as stack:
+        asked = stack.enter_context(gateway(SMG)).url if kind == "workers" else url
+        http = stack.enter_context(httpx.Client(base_url=asked, timeout=60, trust_env=False))
+        call = Caller(http, model)
+        if kind == "workers":
+            worker_calls(call, url)
+        else:
+            CALLS[kind](call)
+        return call.answers

@@ -355,6 +355,19 @@ def test_answers_are_joined() -> None:
     assert (meta["cached_tokens"], len(meta["input_token_logprobs"]), meta["completion_tokens"]) == (1, 2, 2)
 
 
+def test_an_answer_of_one_token_is_prefills() -> None:
+    """SGLang's decode side computes nothing then, and sends no rows at all."""
+    one = {"completion_tokens": 1, "output_token_logprobs": [[-1.0, 7, None]]}
+    meta = orjson.loads(join(answer(**PREFILLED), answer(**one, routed_experts=None), start=0))["choices"][0][
+        "meta_info"
+    ]
+    assert meta["routed_experts"] == PREFILLED["routed_experts"]
+    unasked = join(answer(**one, routed_experts=None), answer(**one, routed_experts=None), start=0)
+    assert orjson.loads(unasked)["choices"][0]["meta_info"]["routed_experts"] is None
+    with pytest.raises(UpstreamError, match="are all zeros"):
+        join(answer(**one, routed_experts=encoded([[0, 0], [0, 0]])), answer(**one, routed_experts=None), start=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.rollout.golden import FOLDER, differences, load
-from tests.rollout.golden_calls import CALLS, CONTEXT, Answers, Caller, weights_digest
+from tests.rollout.golden_calls import CONTEXT, KINDS, Answers, answers_of, weights_digest
 from tests.sglang.conftest import START_SECONDS, Start
 
 INFO = {"model_path", "tokenizer_path", "served_model_name", "host", "port", "dtype", "device", "random_seed",
         "context_length", "max_running_requests", "max_prefill_tokens", "max_total_num_tokens", "tool_call_parser",
-        "reasoning_parser", "weight_version", "enable_return_routed_experts", "disaggregation_mode", "tp_size",
+        "reasoning_parser", "weight_version", "enable_return_routed_experts", "disaggregation_mode",
+        "disaggregation_bootstrap_port", "tp_size",
         "dp_size", "pp_size", "version", "status"}  # fmt: skip
 """What gateways and pools read of /server_info, whose five hundred fields are SGLang's own options."""
 
@@ -28,12 +28,7 @@ def asked(glm: Path, start: Start) -> dict[str, Answers]:
         max_running_requests=8, extra=["--reasoning-parser", "glm45"],
     )  # fmt: skip
     service.wait_healthy(START_SECONDS)
-    kinds = {}
-    with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as http:
-        for kind, ask in CALLS.items():
-            call = Caller(http, glm)
-            ask(call)
-            kinds[kind] = {name: clean(answer, glm) for name, answer in call.answers.items()}
+    kinds = {kind: clean(answers_of(kind, service.url, glm), glm) for kind in KINDS}
     assert service.alive, service.tail()
     return kinds
 
@@ -51,7 +46,7 @@ def clean(value: Any, model: Path, name: str = "") -> Any:
     return value
 
 
-@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_recorded_ones(
     asked: dict[str, Answers], kind: str, glm: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -61,5 +56,5 @@ def test_answers_are_the_recorded_ones(
         (FOLDER / f"{kind}.json").write_text(text + "\n", encoding="utf-8")
         about = {"sglang": asked["info"]["/server_info"]["body"]["version"], "weights": weights_digest(glm)}
         (FOLDER / "recorded.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    moved = list(differences(kind, load(kind), asked[kind]))
+    moved = list(differences(load(kind), asked[kind]))
     assert not moved, "\n".join(moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from pacenote.replay.record import DECODE
 from pacenote.replay.wire import decode_sglang
-from pacenote.rollout.launch import Service, free_port
+from pacenote.rollout.launch import Service, free_port, sessions_command
 from pacenote.rollout.server import load_geometry
+from tests.rollout.talk import MORE, TOOL, USER, left_open, records, said, samples
+from tests.rollout.talk import start as open_session
 from tests.sglang.conftest import START_SECONDS, Start
+from tests.sglang.test_sessions import check, running, wait
 from tests.sglang.truth import Truth
 
 PROMPT = [10, 11, 12, 13, 14, 100, 30, 31]
@@ -100,6 +103,43 @@ def test_a_chat_goes_the_same_way(pair: Pair, truth: Truth, glm: Path) -> None:
     first, rest = rows(prefill, glm, len(PROMPT)), rows(decode, glm, len(experts))
     np.testing.assert_array_equal(np.concatenate([first, rest[len(first) :]]), experts)
     assert (prefill["finish_reason"], prefill["meta_info"]["completion_tokens"]) == ("length", 1)
+
+
+@pytest.fixture(scope="module")
+def sessions(pair: Pair, glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A session server that drives the pair."""
+    port = free_port()
+    sides = f"{pair.prefill.url},{pair.port},{pair.decode.url}"
+    extra = ["--pair", sides, "--tito-allowed-append-roles", "user", "tool", "--timeout", "60"]
+    command = sessions_command(glm, upstream=pair.prefill.url, port=port, extra=extra)
+    log = tmp_path_factory.mktemp("sessions") / "sessions.log"
+    with Service("sessions", command, url=f"http://127.0.0.1:{port}", log=log) as service:
+        service.wait_healthy(60)
+        yield service
+    assert "Traceback" not in log.read_text()
+
+
+def test_sessions_over_the_pair(sessions: Service, truth: Truth, client: Callable[[Service], httpx.Client]) -> None:
+    """Three turns, each asking for the rows that its session lacks: joined, they are one forward pass's."""
+    http = client(sessions)
+    session = open_session(http)
+    history = [USER]
+    for number, more in enumerate((TOOL, MORE, None)):
+        history.append(said(http, session, history, max_tokens=12, seed=number, temperature=1.0))
+        history += [more] if more else []
+    [trajectory] = samples(http, session)
+    check(trajectory, truth)
+    assert trajectory.provenance.all(), "a row is missing"
+
+
+def test_leaving_frees_both_sides(pair: Pair, sessions: Service, client: Callable[[Service], httpx.Client]) -> None:
+    http, prefill, decode = client(sessions), client(pair.prefill), client(pair.decode)
+    session = open_session(http)
+    with left_open(http, session, {"messages": [USER], "max_tokens": 400, "ignore_eos": True}):
+        wait(lambda: running(decode) == 1)
+    wait(lambda: running(decode) == running(prefill) == 0)
+    assert records(http, session) == []
+    said(http, session, [USER], max_tokens=2)
 
 
 def rows(answer: dict[str, Any], model: Path, count: int) -> NDArray[Any]:

@@ -252,6 +252,26 @@ def test_wrong_input_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         assert "expected a model directory" in refused("train", "tiny", "--model", str(tmp_path), *out)
 
 
+def test_real_sglang_needs_its_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is done: no run folder is left behind."""
+    monkeypatch.setenv("PACENOTE_SGLANG", str(tmp_path / "nowhere"))
+    assert main(["train", "tiny", "--engine", "sglang-cpu", "--out", str(tmp_path / "run")]) == 2
+    assert "run `python scripts/install_sglang.py`" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--rollout.upstream", "http://x"], ["--exact"], ["--rollout.engine-device", "cuda"]]
+)
+def test_what_real_sglang_on_a_cpu_does_not_go_with(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "tiny", "--engine", "sglang-cpu", *words])
+    assert end.value.code == 2
+    assert "sglang-cpu" in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--stepz", "3"], ["--replay", "always"]])
 def test_wrong_flags_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
