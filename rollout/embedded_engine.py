@@ -154,7 +154,7 @@ class Engine:
     def update_tensors(
         self, tensors: Sequence[tuple[str, Tensor]], *, version: str | None, flush: bool, abort_all: bool = False
     ) -> Future[UpdateResult]:
-        """The same with tensors under the names that `save_pretrained` writes, all of the model or a part."""
+        """The same with tensors [...] under the names that `save_pretrained` writes, all of the model or a part."""
         return self._ask_update(lambda: self.runner.load_tensors(tensors), version, flush, abort_all)
 
     def rename_weights(self, version: str, *, abort_all: bool) -> Future[None]:

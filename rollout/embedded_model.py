@@ -139,7 +139,7 @@ class Runner:
         return values
 
     def no_rows(self, count: int) -> NDArray[Any]:
-        """Zeros [count, L, K], of tokens that this engine never computed."""
+        """Zeros [R, L, K], R = `count`, of tokens that this engine never computed."""
         geometry = self.geometry
         dtype = np.uint8 if geometry.num_experts <= 256 else np.uint16
         return np.zeros((count, len(geometry.layers), geometry.top_k), dtype)
@@ -203,7 +203,7 @@ class Runner:
         """Copy tensors over the present ones, all or none.
 
         Args:
-            tensors: names as `save_pretrained` writes them, of the whole model or a part.
+            tensors: [...] under the names that `save_pretrained` writes, of the whole model or a part.
 
         Raises:
             ModelError: a name or a shape that the model does not have; the present weights stay.

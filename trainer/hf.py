@@ -181,7 +181,7 @@ class HfBackend:
         models.save(self.model, out, tokenizer_from=self.tokenizer_from)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights under the names that `save_weights` gives them."""
+        """The weights, [...] each, under the names that `save_weights` gives them."""
         return models.disk_tensors(self.model)
 
     def state(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def save(model: torch.nn.Module, out: Path, *, tokenizer_from: Path = TOKENIZER)
 
 
 def disk_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers under the names that `save` gives them, which engines know: a tensor for each expert."""
+    """Parameters and buffers [...] under the names that `save` gives them, which engines know: one for each expert."""
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     yield from revert_weight_conversion(model, state).items()
