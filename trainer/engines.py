@@ -54,7 +54,7 @@ class Engine:
             self.error, self.lost = self.error or f"model_info: {type(error).__name__}: {error}", True
         else:
             if self.version != version and self.error is None:
-                self.error = "it took them, and says that it serves others"
+                self.error = "it does not serve what it was given"
 
     def ranks(self) -> int:
         """Ranks of its tensor parallelism, each of which is in a process group; 1 where it does not say."""

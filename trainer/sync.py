@@ -139,14 +139,14 @@ class WeightSync:
 
     def _tensors(self, engines: Sequence[Engine], weights: Weights, version: str) -> None:
         each(engines, lambda engine: engine.post("begin_weight_update", {}))
-        ranks = dict(zip(self.urls, each(engines, Engine.ranks), strict=True))
+        ranks = dict(zip((engine.url for engine in engines), each(engines, Engine.ranks), strict=True))
         for bucket in buckets(weights.tensors(), self.config.bucket_mb << 20):
             held = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
             payload = shared(held)  # which has to be kept until everybody has read it
 
             def send(engine: Engine, payload: str = payload) -> None:
                 body = {
-                    "serialized_named_tensors": [payload] * ranks.get(engine.url, 1),
+                    "serialized_named_tensors": [payload] * ranks[engine.url],
                     "weight_version": version,
                     "flush_cache": self._flush,
                 }
