@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,8 @@ from starlette.routing import Route
 
 from pacenote.rollout.embedded_answer import Answers, Asked
 from pacenote.rollout.embedded_config import EngineConfig
-from pacenote.rollout.embedded_engine import Engine
+from pacenote.rollout.embedded_engine import Engine, UpdateResult
+from pacenote.rollout.embedded_info import Reports
 from pacenote.rollout.embedded_model import Runner
 from pacenote.rollout.embedded_pair import Room, Side
 from pacenote.rollout.embedded_prompt import Prompts
@@ -33,19 +33,24 @@ from pacenote.rollout.embedded_protocol import (
     AbortBody,
     BodyError,
     ChatBody,
+    DistributedBody,
     GenerateBody,
+    GroupBody,
+    LeaveBody,
     ParameterError,
     PauseBody,
+    SessionBody,
+    TensorBody,
     UpdateBody,
+    VersionBody,
     describe,
     generate_error,
-    model_card,
     openai_error,
 )
 from pacenote.rollout.embedded_request import Completion, Request, RequestError, SamplingParams
 from pacenote.rollout.embedded_sampling import generator
+from pacenote.rollout.embedded_weights import WeightUpdates
 
-VERSION = "0.5.23"  # the SGLang whose protocol this is
 Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -76,10 +81,11 @@ class Frontend:
             reasoning_parser=config.reasoning_parser,
         )
         self._prompts = Prompts(runner.tokenizer)
+        self._updates = WeightUpdates(engine)
         self._side = Side(config.disaggregation_mode, config.disaggregation_bootstrap_port)
         self._live: set[str] = set()
         self._number = 0
-        self._instance = uuid.uuid4().hex
+        self.reports = Reports(config, runner, engine, self._name)
 
     def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]:
         """What is open while the application runs."""
@@ -144,80 +150,6 @@ class Frontend:
             return Response(status_code=503)
         return Response(status_code=200)
 
-    async def model_info(self, http: HttpRequest) -> Response:
-        """GET /model_info."""
-        fields, config = self._runner.fields, self._config
-        return _json(
-            {
-                "model_path": str(self._runner.path),
-                "tokenizer_path": str(self._config.model_path),
-                "served_model_name": self._name,
-                "is_generation": True,
-                "preferred_sampling_params": None,
-                "weight_version": self._engine.weight_version,
-                "tool_call_parser": self._config.tool_call_parser,
-                "reasoning_parser": self._config.reasoning_parser,
-                "disaggregation_mode": config.disaggregation_mode,
-                "has_image_understanding": False,
-                "has_audio_understanding": False,
-                "model_type": fields.get("model_type"),
-                "architectures": fields.get("architectures"),
-            }
-        )
-
-    async def server_info(self, http: HttpRequest) -> Response:
-        """GET /server_info."""
-        config, load = self._config, self._engine.load()
-        return _json(
-            {
-                "model_path": str(self._runner.path),
-                "tokenizer_path": str(config.model_path),
-                "served_model_name": self._name,
-                "host": config.host,
-                "port": config.port,
-                "dtype": config.dtype,
-                "device": config.device,
-                "random_seed": config.random_seed,
-                "context_length": self._runner.context_length,
-                "max_running_requests": config.max_running_requests,
-                "max_prefill_tokens": config.max_prefill_tokens,
-                "max_total_num_tokens": config.max_running_requests * self._runner.context_length,
-                "tool_call_parser": config.tool_call_parser,
-                "reasoning_parser": config.reasoning_parser,
-                "weight_version": self._engine.weight_version,
-                "enable_return_routed_experts": True,
-                "disaggregation_mode": config.disaggregation_mode,
-                "disaggregation_bootstrap_port": config.disaggregation_bootstrap_port,
-                "tp_size": 1,
-                "dp_size": 1,
-                "pp_size": 1,
-                "version": VERSION,
-                "status": "ready",
-                "instance_id": self._instance,  # not SGLang's: tells this start from the next on the same port
-                "internal_states": [{"weight_version": self._engine.weight_version, "num_running": load.running}],
-            }
-        )
-
-    async def models(self, http: HttpRequest) -> Response:
-        """GET /v1/models."""
-        return _json(model_card(self._name, self._runner.context_length))
-
-    async def loads(self, http: HttpRequest) -> Response:
-        """GET /v1/loads."""
-        load = self._engine.load()
-        total = self._config.max_running_requests * self._runner.context_length
-        entry = {
-            "timestamp": time.time(),
-            "dp_rank": 0,
-            "num_running_reqs": load.running,
-            "num_waiting_reqs": load.waiting,
-            "num_used_tokens": load.used_tokens,
-            "max_total_num_tokens": total,
-            "token_usage": load.used_tokens / total,
-        }
-        when = datetime.now(UTC).isoformat()
-        return _json({"timestamp": when, "version": VERSION, "num_accelerators": 1, "loads": [entry]})
-
     async def update_weights(self, http: HttpRequest) -> Response:
         """POST /update_weights_from_disk: 200 if the weights serve now, else 400; the body says so."""
         body = await _read(http, UpdateBody)
@@ -230,6 +162,39 @@ class Frontend:
             )
         )
         return _json(asdict(result), 200 if result.success else 400)
+
+    async def begin_update(self, http: HttpRequest) -> Response:
+        """POST /begin_weight_update."""
+        await _read(http, SessionBody)
+        return _outcome(self._updates.begin())
+
+    async def end_update(self, http: HttpRequest) -> Response:
+        """POST /end_weight_update."""
+        await _read(http, SessionBody)
+        return _outcome(await self._updates.end())
+
+    async def update_tensors(self, http: HttpRequest) -> Response:
+        """POST /update_weights_from_tensor."""
+        return _outcome(await self._updates.tensors(await _read(http, TensorBody)))
+
+    async def update_distributed(self, http: HttpRequest) -> Response:
+        """POST /update_weights_from_distributed."""
+        return _outcome(await self._updates.distributed(await _read(http, DistributedBody)))
+
+    async def join_group(self, http: HttpRequest) -> Response:
+        """POST /init_weights_update_group."""
+        return _outcome(await self._updates.join(await _read(http, GroupBody)))
+
+    async def leave_group(self, http: HttpRequest) -> Response:
+        """POST /destroy_weights_update_group."""
+        return _outcome(self._updates.leave((await _read(http, LeaveBody)).group_name))
+
+    async def rename_weights(self, http: HttpRequest) -> Response:
+        """POST /update_weight_version."""
+        body = await _read(http, VersionBody)
+        await asyncio.wrap_future(self._engine.rename_weights(body.new_version, abort_all=body.abort_all_requests))
+        message = f"Weight version updated to {body.new_version}"
+        return _json({"success": True, "message": message, "new_version": body.new_version})
 
     async def flush_cache(self, http: HttpRequest) -> Response:
         """GET | POST /flush_cache: 400 while requests run."""
@@ -363,13 +328,20 @@ def create_engine_app(config: EngineConfig, runner: Runner, engine: Engine) -> S
         ("/generate", front.generate, [*post, "PUT"]),
         ("/health", front.health, get),
         ("/health_generate", front.health_generate, get),
-        ("/model_info", front.model_info, get),
-        ("/get_model_info", front.model_info, get),
-        ("/server_info", front.server_info, get),
-        ("/get_server_info", front.server_info, get),
-        ("/v1/models", front.models, get),
-        ("/v1/loads", front.loads, get),
+        ("/model_info", front.reports.model_info, get),
+        ("/get_model_info", front.reports.model_info, get),
+        ("/server_info", front.reports.server_info, get),
+        ("/get_server_info", front.reports.server_info, get),
+        ("/v1/models", front.reports.models, get),
+        ("/v1/loads", front.reports.loads, get),
         ("/update_weights_from_disk", front.update_weights, post),
+        ("/begin_weight_update", front.begin_update, post),
+        ("/end_weight_update", front.end_update, post),
+        ("/update_weights_from_tensor", front.update_tensors, post),
+        ("/update_weights_from_distributed", front.update_distributed, post),
+        ("/init_weights_update_group", front.join_group, post),
+        ("/destroy_weights_update_group", front.leave_group, post),
+        ("/update_weight_version", front.rename_weights, post),
         ("/flush_cache", front.flush_cache, get + post),
         ("/pause_generation", front.pause, post),
         ("/continue_generation", front.resume, post),
@@ -429,6 +401,10 @@ async def _disconnected(http: HttpRequest) -> None:
     """Returns once the client has closed the connection (the body has been read before)."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _outcome(result: UpdateResult) -> Response:
+    return _json({"success": result.success, "message": result.message}, 200 if result.success else 400)
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -95,7 +95,21 @@ def _decode(
     writers[:recomputed] = versions[-1]
     provenance[places < recomputed] = RECOMPUTED
     decode = decode_vllm if isinstance(payload, str) and payload.startswith(_NUMPY) else decode_sglang
-    return decode(payload, geometry, rows=len(places), provenance=provenance, version=writers[places])
+    record = decode(payload, geometry, rows=len(places), provenance=provenance, version=writers[places])
+    _check_there(record, start, prompt.length)
+    return record
+
+
+def _check_there(record: RoutingRecord, start: int, prompt_length: int) -> None:
+    """A token's experts are distinct, so what is zero in every layer was never written."""
+    lost = np.flatnonzero(~record.experts.any(axis=(1, 2))) + start if record.top_k > 1 else ()
+    if len(lost):
+        side = "prompt" if lost[0] < prompt_length else "answer"
+        raise PayloadError(
+            f"expected experts for every token, got zeros in every layer for {len(lost)} of {record.rows} tokens, "
+            f"first for token {lost[0]}, of the {side}: a prefill/decode pair behind a gateway has no rows of the "
+            "prompt (use --pair), and a host cache (HiCache) loses those of cached prefixes (switch it off)"
+        )
 
 
 def _prove(record: RoutingRecord, prompt: Prompt, start: int, note: str | None) -> Rows:

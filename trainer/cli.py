@@ -12,6 +12,7 @@ usage: pacenote <command> ...
   train RECIPE [flags]    run a recipe; `pacenote train tiny --help` lists every flag with its default
   train --resume RUN_DIR  go on with an interrupted run
   report RUN_DIR          write RUN_DIR/report.html again
+  engine [flags]          start SGLang engines (or embedded ones), here or on Ray, and register them
   serve [flags]           the session server: OpenAI chat in, exact tokens, logprobs and routes kept
   workers COMMAND [flags] add, list, remove and watch the workers of a router
   verify-template [flags] does a model's chat template only append? tried on a CPU over all orders of roles
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         "workers": _workers,
         "verify-template": _verify,
         "doctor": _doctor,
+        "engine": _engine,
     }
     if command not in commands:
         return _fail(f"unknown command {command!r}; the commands are: {', '.join(commands)}", 2)
@@ -102,6 +104,12 @@ def _serve(words: list[str]) -> int:
     from pacenote.rollout.serve_cli import serve_command
 
     return serve_command(words)
+
+
+def _engine(words: list[str]) -> int:
+    from pacenote.rollout.engine_cli import engine_command
+
+    return engine_command(words)
 
 
 def _verify(words: list[str]) -> int:

@@ -82,11 +82,12 @@ class StandIn:
         mode |= {} if self.bootstrap_port is None else {"disaggregation_bootstrap_port": self.bootstrap_port}  # type: ignore[dict-item]
         load = {"dp_rank": 0, "num_running_reqs": self.running, "num_waiting_reqs": 0, "num_total_tokens": 0}
         load |= {"num_used_tokens": 0, "token_usage": 0}
-        return {
+        bodies: dict[str, dict[str, Any]] = {
             "/health": {},
             "/health_generate": {},
             "/server_info": model | sizes | mode | {"version": "0.5.23", "startup_time": {"e2e": self.life}},
             "/model_info": model | {"is_generation": True, "weight_version": self.version, "model_type": "glm"},
             "/v1/models": {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 1000}]},
             "/v1/loads": {"timestamp": "now", "version": "0.5.23", "dp_rank_count": 1, "loads": [load]},
-        }.get(path.replace("/get_", "/"))
+        }
+        return bodies.get(path.replace("/get_", "/"))

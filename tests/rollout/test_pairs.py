@@ -297,7 +297,7 @@ def test_no_pair() -> None:
     with pytest.raises(UpstreamError, match="at least one prefill and one decode worker"):
         asyncio.run(Pairs(none, timeout=1.0).chat(body()))
     with pytest.raises(UpstreamError, match="listing of workers"):
-        asyncio.run(from_gateway(f"http://127.0.0.1:{free_port()}", timeout=1.0)())
+        asyncio.run(Pairs(from_gateway(f"http://127.0.0.1:{free_port()}", timeout=1.0), timeout=1.0).chat(body()))
 
 
 # --- joining ---------------------------------------------------------------------------------------------------------
@@ -313,7 +313,8 @@ def test_rows_are_prefills_and_then_decodes(held: int, generated: int, size: int
     mine, theirs = truth[:held], truth.copy()
     if not cached:
         theirs[:held] = 0
-    joined = join_rows(*(base64.b64encode(x.tobytes()).decode() for x in (mine, theirs)), held, held + generated)
+    given = [base64.b64encode(x.tobytes()).decode() for x in (mine, theirs)]
+    joined = join_rows(given[0], given[1], held, held + generated)
     assert base64.b64decode(joined) == truth.tobytes()
 
 

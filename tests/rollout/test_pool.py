@@ -34,6 +34,11 @@ NOW = PoolConfig(health_every=0.05, generate_every=1e-6, fail_after=2, return_af
 RARE = PoolConfig(health_every=0.05, generate_every=1000.0, fail_after=2, return_after=2, timeout=2.0)
 
 
+def lacking(pool: WorkerPool) -> str | None:
+    """What it lacks to serve."""
+    return pool.missing
+
+
 @pytest.fixture
 def router() -> Iterator[StandInRouter]:
     with StandInRouter() as router:
@@ -147,17 +152,17 @@ def test_half_a_pair_serves_nothing(router: StandInRouter) -> None:
         with pytest.raises(IncompletePool, match="the pool is empty"):
             pool.serving()
         pool.add(prefill.url, "prefill", 8998)
-        assert pool.missing == "there is a prefill worker and no current decode worker: add one with role decode"
+        assert lacking(pool) == "there is a prefill worker and no current decode worker: add one with role decode"
         with pytest.raises(IncompletePool, match="no current decode worker"):
             pool.serving()
         pool.add(decode.url, "decode")
-        assert pool.missing is None
+        assert lacking(pool) is None
         assert [w.role for w in pool.serving()] == ["prefill", "decode"]
         assert [w.url for w in pool.serving("decode")] == [decode.url]
         prefill.sick = True
         for _ in range(2):
             pool.check(prefill.url)
-        assert pool.missing == "there is a decode worker and no current prefill worker: add one with role prefill"
+        assert lacking(pool) == "there is a decode worker and no current prefill worker: add one with role prefill"
         with pytest.raises(IncompletePool):
             pool.serving("decode")
         pool.add(regular.url)
@@ -300,7 +305,7 @@ def test_the_router_forgot(router: StandInRouter, engine: StandIn) -> None:
         router.workers.clear()
         router.workers["http://somebody:1"] = {"url": "http://somebody:1", "worker_type": "regular"}
         assert pool.check_router() == (engine.url,)
-        assert pool.missing == f"no worker is current: {engine.url} starting (the router had forgotten it)"
+        assert lacking(pool) == f"no worker is current: {engine.url} starting (the router had forgotten it)"
         pool.check(engine.url)
         assert set(router.workers) == {engine.url, "http://somebody:1"}  # what is not ours is left alone
         router.stop()

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from tests.rollout.stand_in import StandIn
 from tests.rollout.stand_in_router import StandInRouter
 
 Start = Callable[[str], str]
-QUICK = {"confirm": 10.0, "backoff": 0.01}
+QUICK: dict[str, Any] = {"confirm": 10.0, "backoff": 0.01}
 
 
 @pytest.fixture(scope="module")

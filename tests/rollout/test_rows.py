@@ -239,3 +239,26 @@ def test_cached_rows_are_told_from_others(player: Player, answer: Make) -> None:
     [trajectory] = player.session.trajectories()
     assert trajectory.provenance[held] == CACHED
     assert trajectory.provenance[held + 1] == PREFILL
+
+
+@pytest.mark.parametrize(("places", "side"), [([0], "prompt"), ([0, 1, 2], "prompt"), ([-1], "answer")])
+def test_rows_that_were_never_written_are_refused(
+    http: httpx.Client, engine: ScriptedEngine, answer: Callable[..., dict[str, Any]], places: list[int], side: str
+) -> None:
+    """A pair behind a gateway, or a host cache: nothing is recorded, and the way out is named."""
+
+    def zeroed(body: dict[str, Any]) -> dict[str, Any]:
+        made = answer(body, [40, 41, 42])
+        meta = made["choices"][0]["meta_info"]
+        rows = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype="<i4").reshape(-1, 6 * 2).copy()
+        rows[places] = 0
+        meta["routed_experts"] = base64.b64encode(rows.tobytes()).decode()
+        return made
+
+    engine.write = zeroed
+    session = start(http)
+    message = error(chat(http, session, [USER]), 502, "upstream_error")
+    assert f"zeros in every layer for {len(places)} of" in message
+    assert f"of the {side}" in message
+    assert "--pair" in message
+    assert records(http, session) == []

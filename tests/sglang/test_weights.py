@@ -5,31 +5,23 @@ Held against transformers with the old and with the new weights, so that it show
 
 from __future__ import annotations
 
-import base64
-import importlib
-import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
-import torch.distributed
-import torch.multiprocessing
 from safetensors.torch import load_file
 
 from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
 from pacenote.rollout.launch import Service, free_port, sessions_command
 from pacenote.rollout.trajectory import Trajectory
-from pacenote.trainer import sync
 from pacenote.trainer.errors import StaleWeights
 from pacenote.trainer.model import build_tiny
+from pacenote.trainer.sync import SyncConfig, Weights, WeightSync
 from tests.rollout.golden_calls import PROMPT
 from tests.rollout.talk import USER, chat, samples
 from tests.rollout.talk import start as open_session
@@ -67,7 +59,7 @@ def sessions(engine: Service, glm: Path, tmp_path_factory: pytest.TempPathFactor
 def http(engine: Service, glm: Path) -> Iterator[httpx.Client]:
     """A client of the engine, which serves the first weights as version 0 again."""
     with httpx.Client(base_url=engine.url, timeout=60, trust_env=False) as client:
-        sync.push(engine.url, glm, 0)
+        push(engine, glm, 0)
         yield client
         client.post("/continue_generation", json={})
     assert engine.alive, engine.tail()
@@ -84,66 +76,27 @@ def serves(http: httpx.Client, truth: Truth) -> str:
     return version
 
 
-def test_from_disk(http: httpx.Client, engine: Service, glm: Path, other: Path, tmp_path: Path) -> None:
+def push(engine: Service, model: Path, version: int, method: Any = "disk", **options: Any) -> None:
+    """The weights in a model directory."""
+    tensors = load_file(model / "model.safetensors") if model.exists() else {}
+    weights = Weights(model, lambda path: None, lambda: iter(tensors.items()))
+    WeightSync([engine.url], SyncConfig(method=method, **options)).push(weights, version)
+
+
+@pytest.mark.parametrize("method", ["disk", "tensor", "distributed"])
+@pytest.mark.parametrize("pause", ["none", "retract"])
+def test_three_ways(http: httpx.Client, engine: Service, glm: Path, other: Path, method: str, pause: str) -> None:
     assert serves(http, Truth(glm)) == "0"
-    sync.push(engine.url, other, 1)
-    assert serves(http, Truth(other)) == "1"
-    with pytest.raises(StaleWeights, match="refused weight version 2"):
-        sync.push(engine.url, tmp_path / "nowhere", 2)
-    assert serves(http, Truth(other)) == "1"
-
-
-def test_from_tensors(http: httpx.Client, other: Path) -> None:
-    """Shared memory by file: a sender that hands over descriptors instead ends SGLang's scheduler."""
-    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
-    named = list(load_file(other / "model.safetensors").items())
-    pickled = io.BytesIO()
-    ForkingPickler(pickled).dump(named)
-    text = base64.b64encode(pickled.getvalue()).decode()
-    assert http.post("/begin_weight_update", json={}).json()["success"]
-    body = {"serialized_named_tensors": [text], "flush_cache": True, "weight_version": "5"}
-    answer = http.post("/update_weights_from_tensor", json=body)
-    assert answer.json()["success"], answer.text
-    assert http.post("/end_weight_update", json={}).json()["success"]
+    push(engine, other, 5, method, pause=pause)
     assert serves(http, Truth(other)) == "5"
 
 
-def test_over_a_process_group(http: httpx.Client, other: Path) -> None:
-    """The sender is rank 0 of a group of gloo's, SGLang rank 1; tensors go one after the other, as they are named."""
-    state, port, name = load_file(other / "model.safetensors"), free_port(), "pacenote"
-    joins = {
-        "master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "group_name": name,
-        "backend": "gloo",
-    }  # fmt: skip
-    update = {
-        "names": list(state), "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in state.values()],
-        "shapes": [list(tensor.shape) for tensor in state.values()], "group_name": name, "flush_cache": True,
-        "weight_version": "6",
-    }  # fmt: skip
-    with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(http.post, "/init_weights_update_group", json=joins)
-        group = sender(port, name)
-        assert joined.result(60).json()["success"]
-        assert http.post("/begin_weight_update", json={}).json()["success"]
-        taken = pool.submit(http.post, "/update_weights_from_distributed", json=update)
-        for tensor in state.values():
-            torch.distributed.broadcast(tensor.contiguous(), src=0, group=group)
-        assert taken.result(60).json()["success"], taken.result().text
-    assert http.post("/end_weight_update", json={}).json()["success"]
-    assert serves(http, Truth(other)) == "6"
-    assert http.post("/destroy_weights_update_group", json={"group_name": name}).json()["success"]
-
-
-def sender(port: int, name: str) -> Any:
-    """Rank 0 of a group of two beside whatever groups there are, met at this port: as SGLang's own side makes its."""
-    c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
-    timeout = timedelta(seconds=60)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True, timeout=timeout)  # type: ignore[attr-defined]
-    group, _ = c10d._new_process_group_helper(
-        2, 0, [], c10d.Backend("gloo"), c10d.PrefixStore(name, store), group_name=name, timeout=timeout
-    )
-    c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
-    return group
+def test_a_refusal(http: httpx.Client, engine: Service, other: Path, tmp_path: Path) -> None:
+    push(engine, other, 1)
+    missing = Weights(tmp_path / "000002", lambda path: None, lambda: iter(()))
+    with pytest.raises(StaleWeights, match="serves 1"):
+        WeightSync([engine.url], SyncConfig()).push(missing, 2)
+    assert serves(http, Truth(other)) == "1"
 
 
 def interrupted(
