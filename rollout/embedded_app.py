@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from pacenote.rollout.embedded_answer import Answers, Asked
 from pacenote.rollout.embedded_config import EngineConfig
-from pacenote.rollout.embedded_engine import Engine
+from pacenote.rollout.embedded_engine import Engine, UpdateResult
 from pacenote.rollout.embedded_model import Runner
 from pacenote.rollout.embedded_pair import Room, Side
 from pacenote.rollout.embedded_prompt import Prompts
@@ -33,10 +33,16 @@ from pacenote.rollout.embedded_protocol import (
     AbortBody,
     BodyError,
     ChatBody,
+    DistributedBody,
     GenerateBody,
+    GroupBody,
+    LeaveBody,
     ParameterError,
     PauseBody,
+    SessionBody,
+    TensorBody,
     UpdateBody,
+    VersionBody,
     describe,
     generate_error,
     model_card,
@@ -44,6 +50,7 @@ from pacenote.rollout.embedded_protocol import (
 )
 from pacenote.rollout.embedded_request import Completion, Request, RequestError, SamplingParams
 from pacenote.rollout.embedded_sampling import generator
+from pacenote.rollout.embedded_weights import WeightUpdates
 
 VERSION = "0.5.23"  # the SGLang whose protocol this is
 Body = TypeVar("Body", bound=BaseModel)
@@ -76,6 +83,7 @@ class Frontend:
             reasoning_parser=config.reasoning_parser,
         )
         self._prompts = Prompts(runner.tokenizer)
+        self._updates = WeightUpdates(engine)
         self._side = Side(config.disaggregation_mode, config.disaggregation_bootstrap_port)
         self._live: set[str] = set()
         self._number = 0
@@ -231,6 +239,39 @@ class Frontend:
         )
         return _json(asdict(result), 200 if result.success else 400)
 
+    async def begin_update(self, http: HttpRequest) -> Response:
+        """POST /begin_weight_update."""
+        await _read(http, SessionBody)
+        return _outcome(self._updates.begin())
+
+    async def end_update(self, http: HttpRequest) -> Response:
+        """POST /end_weight_update."""
+        await _read(http, SessionBody)
+        return _outcome(await self._updates.end())
+
+    async def update_tensors(self, http: HttpRequest) -> Response:
+        """POST /update_weights_from_tensor."""
+        return _outcome(await self._updates.tensors(await _read(http, TensorBody)))
+
+    async def update_distributed(self, http: HttpRequest) -> Response:
+        """POST /update_weights_from_distributed."""
+        return _outcome(await self._updates.distributed(await _read(http, DistributedBody)))
+
+    async def join_group(self, http: HttpRequest) -> Response:
+        """POST /init_weights_update_group."""
+        return _outcome(await self._updates.join(await _read(http, GroupBody)))
+
+    async def leave_group(self, http: HttpRequest) -> Response:
+        """POST /destroy_weights_update_group."""
+        return _outcome(self._updates.leave((await _read(http, LeaveBody)).group_name))
+
+    async def rename_weights(self, http: HttpRequest) -> Response:
+        """POST /update_weight_version."""
+        body = await _read(http, VersionBody)
+        await asyncio.wrap_future(self._engine.rename_weights(body.new_version, abort_all=body.abort_all_requests))
+        message = f"Weight version updated to {body.new_version}"
+        return _json({"success": True, "message": message, "new_version": body.new_version})
+
     async def flush_cache(self, http: HttpRequest) -> Response:
         """GET | POST /flush_cache: 400 while requests run."""
         flushed = await asyncio.wrap_future(self._engine.flush())
@@ -370,6 +411,13 @@ def create_engine_app(config: EngineConfig, runner: Runner, engine: Engine) -> S
         ("/v1/models", front.models, get),
         ("/v1/loads", front.loads, get),
         ("/update_weights_from_disk", front.update_weights, post),
+        ("/begin_weight_update", front.begin_update, post),
+        ("/end_weight_update", front.end_update, post),
+        ("/update_weights_from_tensor", front.update_tensors, post),
+        ("/update_weights_from_distributed", front.update_distributed, post),
+        ("/init_weights_update_group", front.join_group, post),
+        ("/destroy_weights_update_group", front.leave_group, post),
+        ("/update_weight_version", front.rename_weights, post),
         ("/flush_cache", front.flush_cache, get + post),
         ("/pause_generation", front.pause, post),
         ("/continue_generation", front.resume, post),
@@ -429,6 +477,10 @@ async def _disconnected(http: HttpRequest) -> None:
     """Returns once the client has closed the connection (the body has been read before)."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _outcome(result: UpdateResult) -> Response:
+    return _json({"success": result.success, "message": result.message}, 200 if result.success else 400)
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from torch import Tensor
 
 from pacenote.rollout.embedded_model import ModelError, Runner, Step, read_config
 from pacenote.rollout.embedded_request import Completion, Request, RequestError
@@ -46,7 +48,7 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
-    path: Path
+    load: Callable[[], None]
     version: str | None
     flush: bool
     done: Future[UpdateResult]
@@ -145,8 +147,38 @@ class Engine:
         (or are aborted, with `abort_all`) while new ones wait for it. A failure leaves weights and version as they
         were.
         """
+        return self._ask_update(
+            lambda: self.runner.load_weights(path), version, flush, abort_all, check=lambda: read_config(path)
+        )
+
+    def update_tensors(
+        self, tensors: Sequence[tuple[str, Tensor]], *, version: str | None, flush: bool, abort_all: bool = False
+    ) -> Future[UpdateResult]:
+        """The same with tensors under the names that `save_pretrained` writes, all of the model or a part."""
+        return self._ask_update(lambda: self.runner.load_tensors(tensors), version, flush, abort_all)
+
+    def rename_weights(self, version: str, *, abort_all: bool) -> Future[None]:
+        """Call the present weights by another version."""
+
+        def rename() -> None:
+            if abort_all:
+                self._abort(None, "Aborted by a weight update.")
+            self.weight_version = version
+
+        return self._ask(rename)
+
+    def _ask_update(
+        self,
+        load: Callable[[], None],
+        version: str | None,
+        flush: bool,
+        abort_all: bool,
+        *,
+        check: Callable[[], object] = lambda: None,
+    ) -> Future[UpdateResult]:
         done: Future[UpdateResult] = Future()
-        self._post(lambda: self._begin_update(_Update(path=path, version=version, flush=flush, done=done), abort_all))
+        update = _Update(load=load, version=version, flush=flush, done=done)
+        self._post(lambda: self._begin_update(update, abort_all, check))
         return done
 
     # Everything below runs in the engine's thread.
@@ -334,12 +366,12 @@ class Engine:
         self.runner.cache.clear()
         return True
 
-    def _begin_update(self, update: _Update, abort_all: bool) -> None:
+    def _begin_update(self, update: _Update, abort_all: bool, check: Callable[[], object]) -> None:
         if self._update is not None:
             update.done.set_result(UpdateResult(success=False, message="another weight update is waiting"))
             return
         try:
-            read_config(update.path)
+            check()
         except ModelError as error:  # known at once: nobody has to wait for it
             update.done.set_result(UpdateResult(success=False, message=str(error)))
             return
@@ -369,7 +401,7 @@ class Engine:
             return
         started = time.perf_counter()
         try:
-            self.runner.load_weights(update.path)
+            update.load()
         except Exception as error:  # a ModelError, or a device that failed
             update.done.set_result(UpdateResult(success=False, message=str(error)))
             return

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from pacenote.replay.exact import Exact
 from pacenote.replay.hf import Replay, attach
@@ -195,20 +196,44 @@ class Runner:
         """
         if read_config(path).get("model_type") != self.fields.get("model_type"):
             raise ModelError(f"expected a {self.fields.get('model_type')} model, got another one in {path}")
-        fresh = _load(path, self.dtype).state_dict()
-        present = self.model.state_dict()
+        self._take(_load(path, self.dtype), f"the weights in {path}")
+        self.path = path
+
+    def load_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors over the present ones, all or none.
+
+        Args:
+            tensors: names as `save_pretrained` writes them, of the whole model or a part.
+
+        Raises:
+            ModelError: a name or a shape that the model does not have; the present weights stay.
+        """
+        saved = revert_weight_conversion(self.model, self.model.state_dict())
+        for name, tensor in tensors:
+            if name not in saved or saved[name].shape != tensor.shape:
+                known = f"of shape {list(saved[name].shape)}" if name in saved else "to be one of the model's tensors"
+                raise ModelError(f"expected {name} {known}, got {list(tensor.shape)}")
+            saved[name] = tensor
+        whole = {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in saved.items()
+        }
+        made = type(self.model).from_pretrained(None, config=self.model.config, state_dict=whole, dtype=self.dtype)
+        self._take(made, "the tensors")
+
+    def _take(self, other: Any, what: str) -> None:
+        """Copy the other model's parameters and buffers."""
+        fresh, present = other.state_dict(), self.model.state_dict()
         if fresh.keys() != present.keys():
             names = sorted(fresh.keys() ^ present.keys())
-            raise ModelError(f"expected the parameters of the running model, {path} differs in {names[0]}")
+            raise ModelError(f"expected the parameters of the running model, {what} differ in {names[0]}")
         for name, tensor in present.items():
             if fresh[name].shape != tensor.shape:
                 raise ModelError(
-                    f"expected {name} of shape {list(tensor.shape)}, got {list(fresh[name].shape)} in {path}"
+                    f"expected {name} of shape {list(tensor.shape)}, got {list(fresh[name].shape)} in {what}"
                 )
         with torch.no_grad():
             for name, tensor in present.items():
                 tensor.copy_(fresh[name])
-        self.path = path
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -205,6 +205,56 @@ class ChatBody(_Unsupported, _Paired):
         return [] if self.tool_choice == "none" else self.tools or []
 
 
+class _Changed(_Body):
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+    load_format: str | None = None
+
+
+class TensorBody(_Changed):
+    """POST /update_weights_from_tensor."""
+
+    serialized_named_tensors: list[str]
+
+
+class DistributedBody(_Changed):
+    """POST /update_weights_from_distributed."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+
+
+class GroupBody(_Body):
+    """POST /init_weights_update_group."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+
+
+class LeaveBody(_Body):
+    """POST /destroy_weights_update_group."""
+
+    group_name: str = "weight_update_group"
+
+
+class VersionBody(_Body):
+    """POST /update_weight_version."""
+
+    new_version: str
+    abort_all_requests: bool = True
+
+
+class SessionBody(_Body):
+    """POST /begin_weight_update and /end_weight_update: which of several models, and there is one."""
+
+
 class UpdateBody(_Body):
     """POST /update_weights_from_disk."""
 

@@ -113,6 +113,16 @@ class Lines(logging.Formatter):
         return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
+class _Stderr(logging.Handler):
+    """Writes to what is stderr at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+
 def configure(kind: str) -> None:
     """Log to stderr in one of FORMATS; "off" leaves warnings and errors of everything else as Python writes them."""
     log.propagate = False
@@ -120,7 +130,7 @@ def configure(kind: str) -> None:
     log.setLevel(logging.CRITICAL + 1 if kind == "off" else logging.INFO)
     if kind == "off":
         return
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(Lines(json=kind == "json"))
     log.addHandler(handler)
     root = logging.getLogger()

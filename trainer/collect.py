@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ class RolloutConfig:
 
     upstream: str | None = None
     """SGLang-compatible engine or gateway to use; none starts the embedded engine on this machine."""
+    engines: tuple[str, ...] = ()
+    """URLs of the engines behind `upstream` that get the weights; none: `upstream` itself."""
+    max_staleness: int = 0
+    """Weight versions that a trained token may be older than the newest; samples with older ones are left out."""
     prompts: int = 16
     """Prompts a step."""
     group: int = 8
@@ -198,18 +202,34 @@ async def _play(chat: Chat, task: Task, environment: Environment, reward: Reward
         ) from error
 
 
-def check_versions(episodes: list[Episode], expected: int) -> None:
-    """Prove that every trained token was sampled with the weights of version `expected`.
+def check_versions(episodes: list[Episode], newest: int, *, bound: int = 0) -> tuple[list[Episode], int]:
+    """Leave out samples with a trained token of weights older than `bound` versions; prove the age of the others.
+
+    Args:
+        newest: version that the engines were given last.
+        bound: versions that a token may be older.
+
+    Returns:
+        The episodes, and the number of samples left out.
 
     Raises:
-        StaleWeights: with the versions that came instead.
+        StaleWeights: of bound 0, a version that is not the newest; else one that nobody has given, or none.
     """
-    seen: set[int] = set()
+    kept, dropped, seen = [], 0, set[int]()
     for episode in episodes:
+        fresh = []
         for trajectory in episode.trajectories:
-            seen.update(trajectory.version[trajectory.loss_mask.astype(bool)].tolist())
-    if seen - {expected}:
+            versions = set(trajectory.version[trajectory.loss_mask.astype(bool)].tolist())
+            seen |= versions
+            if min(versions, default=newest) >= newest - bound:
+                fresh.append(trajectory)
+        dropped += len(episode.trajectories) - len(fresh)
+        kept.append(episode if len(fresh) == len(episode.trajectories) else replace(episode, trajectories=fresh))
+    allowed = {newest} if not bound else set(range(newest + 1))
+    if seen - allowed:
         raise StaleWeights(
-            f"expected every answer from weight version {expected}, got versions {sorted(seen)}: "
-            "an engine did not take the last update, or several engines serve different weights"
+            f"expected every answer from weight version {newest}{f' or up to {bound} before' if bound else ''}, got "
+            f"versions {sorted(seen)}: an engine did not take the last update, or several engines serve different "
+            "weights"
         )
+    return kept, dropped

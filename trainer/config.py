@@ -15,6 +15,7 @@ from pacenote.trainer.fleet import EngineKind
 from pacenote.trainer.hf import OptimConfig
 from pacenote.trainer.model import TinyShape
 from pacenote.trainer.step import ReplayMode
+from pacenote.trainer.sync import SyncConfig
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ class RunConfig:
     tiny: TinyShape = field(default_factory=TinyShape)
     """Shape of the randomly initialised model."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: PolicyConfig = field(default_factory=PolicyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -86,6 +88,10 @@ class RunConfig:
         self._check_engine()
         if self.exact:
             self._check_exact()
+        if self.rollout.max_staleness < 0:
+            raise ValueError(f"--rollout.max-staleness expects at least 0, got {self.rollout.max_staleness}")
+        if self.rollout.engines and self.rollout.upstream is None:
+            raise ValueError("--rollout.engines expects --rollout.upstream, the gateway in front of them")
         if self.rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
         if self.loss.kl_coef:

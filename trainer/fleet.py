@@ -32,12 +32,15 @@ class Fleet:
         device: str,
         exact: bool = False,
         engine: EngineKind = "embedded",
+        push: sync.SyncConfig | None = None,
     ) -> None:
         """Remember what to start (`device` is the trainer's, and so is the format of an `exact` engine's weights);
         nothing runs before `start`."""
         self.engine = engine
         self.config, self.weights, self.logs, self.seed, self.exact = config, weights, logs, seed, exact
         self.device = device if config.engine_device == "auto" else config.engine_device
+        self.push = push or sync.SyncConfig()
+        self._sync: sync.WeightSync | None = None
         self.serving: int | None = None
         self.restarts = 0
         self._engine: Service | None = None
@@ -76,15 +79,18 @@ class Fleet:
         assert self._sessions is not None, "start() comes first"
         return self._sessions.url
 
-    def serve(self, path: Path, version: int) -> None:
-        """Make the engine serve the weights of `version` from the model directory `path`, if it does not yet.
+    def serve(self, weights: sync.Weights, version: int) -> None:
+        """Make every engine serve the weights of `version`, if they do not yet.
 
         Raises:
-            EngineDied: it did not answer.
-            StaleWeights: it refused them.
+            EngineDied: one did not answer.
+            StaleWeights: one refused them.
         """
+        if self._sync is None:
+            urls = self.config.engines or (self.engine_url,)
+            self._sync = sync.WeightSync(urls, self.push)
         if self.serving != version:
-            sync.push(self.engine_url, path, version)
+            self._sync.push(weights, version)
             self.serving = version
 
     def check(self) -> None:
@@ -117,6 +123,8 @@ class Fleet:
         self.restarts += 1
         port = int(self._engine.url.rsplit(":", 1)[1])
         self._engine.stop()
+        if self._sync is not None:
+            self._sync.forget()
         self._engine = self._start_engine(path, version, port)
         _wait(self._engine)
         self.serving = version

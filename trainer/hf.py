@@ -180,6 +180,10 @@ class HfBackend:
         """Write a model directory that an engine can load."""
         models.save(self.model, out, tokenizer_from=self.tokenizer_from)
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under the names that `save_weights` gives them."""
+        return models.disk_tensors(self.model)
+
     def state(self) -> dict[str, Any]:
         """Optimizer state, for a checkpoint beside the weights."""
         return {"optimizer": self.optimizer.state_dict()}

@@ -102,6 +102,7 @@ def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, firs
                 device=backend.device,
                 exact=config.exact,
                 engine=config.engine,
+                push=config.sync,
             )
         )
         log = stack.enter_context(metrics.MetricsLog(run.metrics, first_step=first))
@@ -130,7 +131,7 @@ def one_step(
 ) -> dict[str, Any]:
     """Serve the weights of `version`, roll out, train on the answers; returns the step's row of metrics."""
     times = [time.perf_counter()]
-    episodes = rollout(config, run, game, backend, fleet, stop, version)
+    episodes, stale = rollout(config, run, game, backend, fleet, stop, version)
     times.append(time.perf_counter())
 
     earned = group_advantages([e.reward for e in episodes], config.rollout.group, normalize=config.normalize_std)
@@ -153,13 +154,15 @@ def one_step(
     times.append(time.perf_counter())
     if version % config.samples_every == 0 or version == config.steps - 1:
         run.write_samples(version, episodes)
-    return metrics.row(version, episodes, earned, gap, backend.audit(), {**learnt, "lr": lr}, times)
+    more = {**learnt, "lr": lr, "samples_stale": stale}
+    return metrics.row(version, episodes, earned, gap, backend.audit(), more, times)
 
 
 def rollout(
     config: RunConfig, run: RunDir, game: Game, backend: HfBackend, fleet: Fleet, stop: Interrupt, version: int
-) -> list[Episode]:
-    """Episodes sampled with exactly the weights of `version`; a dead engine is revived with them and the step replayed.
+) -> tuple[list[Episode], int]:
+    """Episodes sampled with the weights of `version`, and how many samples were left out because theirs were too old; a
+    dead engine is revived with them and the step replayed.
 
     Raises:
         EngineDied: it cannot be revived.
@@ -167,14 +170,11 @@ def rollout(
     """
     tasks = game.tasks(seed=config.seed, step=version, count=config.rollout.prompts)
     watch = Watch([stop.check, fleet.check])
-    path = sync.weights_path(run.weights, version)
-    if not path.exists():
-        backend.save_weights(path)
-        sync.prune(run.weights, version)
+    weights = sync.Weights(sync.weights_path(run.weights, version), backend.save_weights, backend.tensors)
     while True:
         try:
             stop.check()
-            fleet.serve(path, version)
+            fleet.serve(weights, version)
             episodes = collect(
                 tasks,
                 game.environment,
@@ -186,6 +186,5 @@ def rollout(
             )
             break
         except EngineDied as error:
-            fleet.revive(path, version, error)
-    check_versions(episodes, version)
-    return episodes
+            fleet.revive(weights.on_disk(), version, error)
+    return check_versions(episodes, version, bound=config.rollout.max_staleness)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tiny_tokenizer"
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # GLM-4.7's generation_config.json
@@ -83,6 +85,13 @@ def save(model: torch.nn.Module, out: Path, *, tokenizer_from: Path = TOKENIZER)
     model.save_pretrained(out)  # type: ignore[operator]
     for file in tokenizer_files(tokenizer_from):
         shutil.copyfile(file, out / file.name)
+
+
+def disk_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under the names that `save` gives them, which engines know: a tensor for each expert."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    yield from revert_weight_conversion(model, state).items()
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

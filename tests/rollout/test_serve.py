@@ -58,7 +58,7 @@ def process(
 ) -> Iterator[Server]:
     """A session server of roles tool and user, in front of the scripted engine."""
     port = free_port()
-    options = ["--tito-allowed-append-roles", "tool", "user", *extra]
+    options = ["--no-probe", "--tito-allowed-append-roles", "tool", "user", *extra]
     command = sessions_command(model, upstream=engine.url, port=port, extra=options)
     server = Server("sessions", command, url=f"http://127.0.0.1:{port}", log=folder / "sessions.log", env=env)
     with server:

@@ -198,7 +198,7 @@ def test_spans(http: httpx.Client, engine: ScriptedEngine) -> None:
 
 def service(tiny_dir: Path, engine: ScriptedEngine, tmp_path: Path, *flags: str) -> Service:
     port = free_port()
-    command = sessions_command(tiny_dir, upstream=engine.url, port=port, extra=flags)
+    command = sessions_command(tiny_dir, upstream=engine.url, port=port, extra=["--no-probe", *flags])
     return Service("sessions", command, url=f"http://127.0.0.1:{port}", log=tmp_path / "log")
 
 
