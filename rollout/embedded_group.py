@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_c10d: Any = dist.distributed_c10d  # what of it is needed here has no types
+_dist: Any = dist  # what of both is needed here has no types
+_c10d: Any = dist.distributed_c10d
 
 
 class WeightGroup:
@@ -37,7 +38,7 @@ class WeightGroup:
             raise ValueError(f"expected a rank in [0, {size}), got {rank}")
         self.backend = backend
         wait = timedelta(seconds=timeout)
-        store = _c10d.TCPStore(address, port, size, is_master=False, timeout=wait)
+        store = _dist.TCPStore(address, port, size, is_master=False, timeout=wait)
         self._group, _ = _c10d._new_process_group_helper(
             size, rank, [], _c10d.Backend(backend), _c10d.PrefixStore(name, store), group_name=name, timeout=wait
         )
@@ -57,4 +58,4 @@ class WeightGroup:
 
 def serve_store(address: str, timeout: float) -> Any:
     """A store at which ranks meet, on a free `port` of this machine; it closes, and frees who waits, once dropped."""
-    return _c10d.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    return _dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))

@@ -27,6 +27,7 @@ from pacenote.rollout.embedded_group import WeightGroup
 from pacenote.rollout.embedded_protocol import DistributedBody, GroupBody, TensorBody
 
 GROUP_SECONDS = 120.0
+_NO_FORMAT = "load_format={!r} is not supported by the embedded engine: leave it out"
 Named = tuple[str, torch.Tensor]
 _SAFE = {
     ("torch.multiprocessing.reductions", name): getattr(reductions, name)

@@ -149,13 +149,13 @@ def _broadcast(engines: Sequence[Engine], weights: Weights, version: str, config
     on_gpu = any(tensor.is_cuda for _, tensor in first)
     backend = config.backend if config.backend != "auto" else "nccl" if on_gpu else "gloo"
     links = each(engines, lambda engine: Link(engine, address=config.address, backend=backend, timeout=config.timeout))
+    by_engine = {link.engine: link for link in links}
     try:
         begun = _begin(engines)
         for bucket, last in with_last(itertools.chain([first] if first else [], sent)):
-            with_engine = {link.engine: link for link in links}
 
             def send(engine: Engine, bucket: list[Named] = bucket, last: bool = last) -> None:
-                with_engine[engine].send(bucket, _rest(version, last))
+                by_engine[engine].send(bucket, _rest(version, last))
 
             each(begun, send)
         _end(begun)
@@ -190,7 +190,7 @@ def _end(begun: Sequence[Engine]) -> None:
 def _failure(engines: Sequence[Engine], version: int) -> EngineDied | StaleWeights:
     words = [
         f"{engine.url} serves {'nobody knows what' if engine.version is None else engine.version}"
-        + (f" and is paused ({engine.error})" if engine.error else "")
+        + (f"{'' if engine.lost else ' and is paused'} ({engine.error})" if engine.error else "")
         for engine in engines
     ]
     kind = EngineDied if any(engine.lost for engine in engines) else StaleWeights

@@ -1,8 +1,8 @@
 """Weights over a process group: broadcasts of this process, rank 0, to the ranks of one engine.
 
-Every engine has a group of its own. In one group of all, the ranks of the healthy engines would wait in a broadcast
-that a dead one broke until their own timeout, half an hour in SGLang, and nothing that rank 0 does frees them. The price
-is that n engines are sent n copies. The groups live as long as a push: an engine that was started again has none.
+Every engine has a group of its own. In one group of all, the ranks of healthy engines would wait in a broadcast that a
+dead one broke until their own timeout, half an hour in SGLang, and nothing that rank 0 does frees them. The price is
+that n engines are sent n copies. The groups live as long as a push: an engine that was started again has none.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Link:
         self.engine, self.backend = engine, backend
         self.name = f"pacenote-{uuid.uuid4().hex[:12]}"
         self._group: WeightGroup | None = None
+        self._store = [serve_store(address, JOIN_SECONDS)]  # NCCL's ranks meet there only in their first broadcast
         size = 1 + engine.ranks()
         if engine.error is None:
             self._join(address, size, timeout)
 
     def _join(self, address: str, size: int, timeout: float) -> None:
-        store = [serve_store(address, JOIN_SECONDS)]
-        port = store[0].port
+        port = self._store[0].port
         body = {
             "master_address": address, "master_port": port, "rank_offset": 1, "world_size": size,
             "group_name": self.name, "backend": self.backend,
@@ -51,7 +51,7 @@ class Link:
 
         def ended(future: Future[Any]) -> None:
             if future.exception() is not None or self.engine.error is not None:
-                store.clear()  # the last reference: who still waits there is freed
+                self._store.clear()  # the last reference: who still waits there is freed
 
         with ThreadPoolExecutor(2) as beside:
             joining = beside.submit(
@@ -97,6 +97,7 @@ class Link:
 
     def close(self) -> None:
         """Leave the group, at both ends."""
+        self._store.clear()
         group, self._group = self._group, None
         if group is None:
             return
