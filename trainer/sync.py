@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.multiprocessing
+from safetensors import safe_open
 from torch import Tensor
 
 from pacenote.trainer.engines import Engine, Pause, each
@@ -86,6 +87,28 @@ class Weights:
             self.save(self.path)
             prune(self.path.parent, int(self.path.name))
         return self.path
+
+
+def saved_weights(path: Path) -> Weights:
+    """The weights in a model directory.
+
+    Raises:
+        ValueError: there are none (safetensors files, as `save_pretrained` writes them).
+    """
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"expected a model directory with safetensors files, got {path}")
+
+    def tensors() -> Iterator[Named]:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    yield name, opened.get_tensor(name)
+
+    def save(_: Path) -> None:
+        raise FileNotFoundError(f"{path} is gone")
+
+    return Weights(path, save, tensors)
 
 
 def push(urls: Sequence[str], weights: Weights, version: int, config: SyncConfig) -> None:

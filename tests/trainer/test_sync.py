@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,14 +23,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pacenote.rollout.embedded_weights import read_tensors
-from pacenote.rollout.launch import Service, engine_command, free_port
+from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
+from pacenote.rollout.launch import Service, engine_command, free_port, sessions_command
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import model as models
 from pacenote.trainer.collect import Episode, check_versions
 from pacenote.trainer.errors import EngineDied, StaleWeights
-from pacenote.trainer.sync import SyncConfig, Weights, buckets, push, shared, with_last
+from pacenote.trainer.sync import SyncConfig, Weights, buckets, push, with_last
 from pacenote.trainer.tasks import Task
+from tests.rollout.talk import USER, chat, records, samples
+from tests.rollout.talk import start as open_session
+from tests.sglang.truth import Truth, same_logprobs, same_routes
 
 WAIT = 60
 METHODS: tuple[Any, ...] = ("disk", "tensor", "distributed")
@@ -81,32 +82,37 @@ def scaled(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scaled:
     return make
 
 
-def ask(url: str, **fields: Any) -> dict[str, Any]:
-    body = {
-        "input_ids": [10, 11, 12, 13], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
-        "return_logprob": True, "return_routed_experts": True,
-    }  # fmt: skip
-    answer = httpx.post(f"{url}/generate", json=body | fields, timeout=WAIT, trust_env=False)
-    answer.raise_for_status()
-    meta: dict[str, Any] = answer.json()["meta_info"]
-    return meta
+HTTP = httpx.Client(timeout=WAIT, trust_env=False)
 
 
 def logprobs(url: str) -> list[float]:
-    return [entry[0] for entry in ask(url)["output_token_logprobs"]]
+    body = {
+        "input_ids": [10, 11, 12, 13], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+        "return_logprob": True,
+    }  # fmt: skip
+    answer = HTTP.post(f"{url}/generate", json=body)
+    answer.raise_for_status()
+    return [entry[0] for entry in answer.json()["meta_info"]["output_token_logprobs"]]
 
 
 def version(url: str) -> str:
-    return str(httpx.get(f"{url}/model_info", trust_env=False).json()["weight_version"])
+    return str(HTTP.get(f"{url}/model_info").json()["weight_version"])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def health(url: str) -> int:
     """200, or 503 while it is paused."""
-    return httpx.get(f"{url}/health_generate", timeout=WAIT, trust_env=False).status_code
+    return HTTP.get(f"{url}/health_generate").status_code
 
 
 def control(url: str, path: str, **body: Any) -> None:
-    httpx.post(f"{url}/{path}", json=body, timeout=WAIT, trust_env=False).raise_for_status()
+    HTTP.post(f"{url}/{path}", json=body).raise_for_status()
 
 
 # --- the ways --------------------------------------------------------------------------------------------------------
@@ -141,6 +147,80 @@ def test_tensors_have_the_names_and_bits_of_the_disk(scaled: Scaled) -> None:
     for name, tensor in saved.items():
         assert sent[name].dtype == tensor.dtype
         assert torch.equal(sent[name], tensor), name
+
+
+# --- the pauses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sessions(engines: list[Service], tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A session server in front of the first engine."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("sessions") / "sessions.log"
+    command = sessions_command(tiny_dir, upstream=engines[0].url, port=port)
+    with Service("sessions", command, url=f"http://127.0.0.1:{port}", log=log) as service:
+        service.wait_healthy(120)
+        yield service.url
+
+
+@pytest.mark.parametrize(
+    ("pause", "method"),
+    [
+        ("none", "disk"), ("abort", "disk"), ("abort", "tensor"), ("retract", "disk"), ("retract", "distributed"),
+        ("in_place", "tensor"), ("in_place", "distributed"),
+    ],
+)  # fmt: skip
+def test_what_a_pause_does_to_a_request(
+    urls: list[str], sessions: str, scaled: Scaled, pause: Any, method: Any
+) -> None:
+    """The table of docs/operations.md, with transformers' own forward pass as the judge of which weights spoke."""
+    old, new = scaled(1.0), scaled(1.25)
+    push(urls, old, 1, DISK)
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=sessions, timeout=WAIT, trust_env=False) as front:
+        session = open_session(front)
+        waits = pool.submit(chat, front, session, [USER], max_tokens=160, ignore_eos=True, temperature=1.0)
+        until(lambda: waits.done() or used(urls[0]) > 40)
+        assert not waits.done(), waits.result().text
+        push(urls, new, 2, SyncConfig(method=method, pause=pause, bucket_mb=1))
+        answer = waits.result(WAIT)
+        assert [version(url) for url in urls] == ["2", "2"]
+        if pause == "abort":
+            assert answer.status_code == 502, "an error for the client"
+            assert records(front, session) == [], "and nothing to train on"
+            return
+        assert answer.status_code == 200, answer.text
+        [trajectory] = samples(front, session)
+    judged(trajectory, Truth(old.on_disk()), Truth(new.on_disk()), pause)
+
+
+def judged(trajectory: Trajectory, old: Truth, new: Truth, pause: str) -> None:
+    tokens, trained = trajectory.tokens.tolist(), np.flatnonzero(trajectory.loss_mask)
+    assert trajectory.experts is not None
+    (logp, rows), (new_logp, new_rows) = old(tokens), new(tokens)
+    first, later = trained[0], trained[trajectory.version[trained] == 2]
+    cut = int(later[0]) if len(later) else len(tokens)
+    assert set(trajectory.version[first:cut]) == {1}
+    same_logprobs(trajectory.logprobs[first:cut], logp[first - 1 : cut - 1])
+    if pause == "none":
+        assert cut == len(tokens), "it was let finish"
+        same_routes(trajectory.experts, rows)
+        return
+    assert first < cut < trained[-1]
+    before = slice(0, cut - 1)
+    if pause == "in_place":
+        same_routes(trajectory.experts[before], rows[before])
+        assert set(trajectory.provenance[before]) <= {PREFILL, DECODE}
+        assert np.abs(trajectory.logprobs[cut + 1 :] - new_logp[cut:]).mean() > 1e-3, "from the old ones' keys"
+    else:
+        same_logprobs(trajectory.logprobs[cut:], new_logp[cut - 1 :])
+        same_routes(trajectory.experts, new_rows)
+        assert set(trajectory.provenance[before]) == {RECOMPUTED}
+    assert set(trajectory.provenance[cut:]) == {DECODE}
+
+
+def used(url: str) -> int:
+    load = HTTP.get(f"{url}/v1/loads").json()["loads"][0]
+    return int(load["num_used_tokens"])
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -239,12 +319,12 @@ def forgetful(engine: str) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(httpx.get(engine + self.path, trust_env=False))
+            self.answer(HTTP.get(engine + self.path))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             body.pop("weight_version", None)
-            self.answer(httpx.post(engine + self.path, json=body, timeout=WAIT, trust_env=False))
+            self.answer(HTTP.post(engine + self.path, json=body))
 
         def answer(self, answer: httpx.Response) -> None:
             self.send_response(answer.status_code)
@@ -329,46 +409,6 @@ def test_the_last_is_known(items: list[int]) -> None:
     assert [last for _, last in found] == [False] * (len(items) - 1) + [True] * bool(items)
 
 
-def test_shared_memory_is_read_and_copied() -> None:
-    tensors = [
-        ("a", torch.arange(6.0).reshape(2, 3)),
-        ("b", torch.ones(3, dtype=torch.bfloat16)),
-        ("c", torch.zeros(0)),
-    ]
-    found = dict(read_tensors(shared(tensors)))
-    for name, tensor in tensors:
-        assert torch.equal(found[name], tensor)
-    tensors[0][1].fill_(9)
-    assert found["a"][0, 0] == 0, "a copy"
-
-
-def test_memory_outlives_as_many_readers_as_were_asked_for() -> None:
-    """It counts them: a payload that three read is gone for the third."""
-    held = [("a", torch.arange(6.0))]
-    payloads = [shared(held) for _ in range(3)]
-    code = (
-        "import sys; from pacenote.rollout.embedded_weights import read_tensors\n"
-        "for text in sys.argv[1:]: print(read_tensors(text)[0][1].sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *payloads], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["15.0"] * 3
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/pacenote-was-here",)
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [b"", b"AAAA", pickle.dumps([("a", Evil())]), pickle.dumps([("a", 1)]), pickle.dumps({"a": 1}), pickle.dumps(5)],
-)
-def test_pickles_of_other_things_are_refused(payload: bytes) -> None:
-    with pytest.raises(ValueError, match="expected serialized_named_tensors"):
-        read_tensors(base64.b64encode(payload).decode())
-    assert not Path("/tmp/pacenote-was-here").exists()
-
-
 def test_tied_weights_are_sent_once(tiny_dir: Path) -> None:
     model = models.load(tiny_dir)
     saved = dict(models.disk_tensors(model))
@@ -391,7 +431,7 @@ def episode(*versions: int) -> Episode:
         provenance=np.zeros(n - 1, dtype=np.uint8),
         version=np.array([-1, *versions], dtype=np.int32),
     )
-    return Episode(Task([], ""), [], 1.0, [trajectory])
+    return Episode(Task(messages=[]), [], 1.0, [trajectory])
 
 
 @given(
