@@ -5,14 +5,10 @@ Held against transformers with the old and with the new weights, so that it show
 
 from __future__ import annotations
 
-import base64
-import importlib
-import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from multiprocessing.reduction import ForkingPickler
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
-from safetensors.torch import load_file
 
 from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
 from pacenote.rollout.launch import Service, free_port, sessions_command
@@ -67,7 +60,7 @@ def sessions(engine: Service, glm: Path, tmp_path_factory: pytest.TempPathFactor
 def http(engine: Service, glm: Path) -> Iterator[httpx.Client]:
     """A client of the engine, which serves the first weights as version 0 again."""
     with httpx.Client(base_url=engine.url, timeout=60, trust_env=False) as client:
-        sync.push(engine.url, glm, 0)
+        sync.push([engine.url], sync.saved_weights(glm), 0, sync.SyncConfig())
         yield client
         client.post("/continue_generation", json={})
     assert engine.alive, engine.tail()
@@ -84,66 +77,39 @@ def serves(http: httpx.Client, truth: Truth) -> str:
     return version
 
 
-def test_from_disk(http: httpx.Client, engine: Service, glm: Path, other: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["disk", "tensor", "distributed"])
+@pytest.mark.parametrize("pause", ["abort", "retract", "in_place"])
+def test_new_weights(
+    http: httpx.Client, engine: Service, glm: Path, other: Path, tmp_path: Path, method: Any, pause: Any
+) -> None:
+    config = sync.SyncConfig(method=method, pause=pause, bucket_mb=1)
     assert serves(http, Truth(glm)) == "0"
-    sync.push(engine.url, other, 1)
-    assert serves(http, Truth(other)) == "1"
-    with pytest.raises(StaleWeights, match="refused weight version 2"):
-        sync.push(engine.url, tmp_path / "nowhere", 2)
-    assert serves(http, Truth(other)) == "1"
+    for version in (1, 2):
+        sync.push([engine.url], sync.saved_weights(other), version, config)
+        assert serves(http, Truth(other)) == str(version)
 
 
-def test_from_tensors(http: httpx.Client, other: Path) -> None:
-    """Shared memory by file: a sender that hands over descriptors instead ends SGLang's scheduler."""
-    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
-    named = list(load_file(other / "model.safetensors").items())
-    pickled = io.BytesIO()
-    ForkingPickler(pickled).dump(named)
-    text = base64.b64encode(pickled.getvalue()).decode()
-    assert http.post("/begin_weight_update", json={}).json()["success"]
-    body = {"serialized_named_tensors": [text], "flush_cache": True, "weight_version": "5"}
-    answer = http.post("/update_weights_from_tensor", json=body)
-    assert answer.json()["success"], answer.text
-    assert http.post("/end_weight_update", json={}).json()["success"]
-    assert serves(http, Truth(other)) == "5"
+@pytest.mark.parametrize("method", ["tensor", "distributed"])
+def test_the_version_comes_with_the_last_bucket(http: httpx.Client, engine: Service, other: Path, method: Any) -> None:
+    weights, seen = sync.saved_weights(other), []
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, named in enumerate(weights.tensors()):
+            if number % 40 == 0:
+                seen.append(http.get("/model_info").json()["weight_version"])
+            yield named
+
+    config = sync.SyncConfig(method=method, pause="abort", bucket_mb=1)
+    sync.push([engine.url], replace(weights, tensors=watched), 3, config)
+    assert set(seen) == {"0"}
 
 
-def test_over_a_process_group(http: httpx.Client, other: Path) -> None:
-    """The sender is rank 0 of a group of gloo's, SGLang rank 1; tensors go one after the other, as they are named."""
-    state, port, name = load_file(other / "model.safetensors"), free_port(), "pacenote"
-    joins = {
-        "master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "group_name": name,
-        "backend": "gloo",
-    }  # fmt: skip
-    update = {
-        "names": list(state), "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in state.values()],
-        "shapes": [list(tensor.shape) for tensor in state.values()], "group_name": name, "flush_cache": True,
-        "weight_version": "6",
-    }  # fmt: skip
-    with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(http.post, "/init_weights_update_group", json=joins)
-        group = sender(port, name)
-        assert joined.result(60).json()["success"]
-        assert http.post("/begin_weight_update", json={}).json()["success"]
-        taken = pool.submit(http.post, "/update_weights_from_distributed", json=update)
-        for tensor in state.values():
-            torch.distributed.broadcast(tensor.contiguous(), src=0, group=group)
-        assert taken.result(60).json()["success"], taken.result().text
-    assert http.post("/end_weight_update", json={}).json()["success"]
-    assert serves(http, Truth(other)) == "6"
-    assert http.post("/destroy_weights_update_group", json={"group_name": name}).json()["success"]
-
-
-def sender(port: int, name: str) -> Any:
-    """Rank 0 of a group of two beside whatever groups there are, met at this port: as SGLang's own side makes its."""
-    c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
-    timeout = timedelta(seconds=60)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True, timeout=timeout)  # type: ignore[attr-defined]
-    group, _ = c10d._new_process_group_helper(
-        2, 0, [], c10d.Backend("gloo"), c10d.PrefixStore(name, store), group_name=name, timeout=timeout
-    )
-    c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
-    return group
+def test_refused(http: httpx.Client, engine: Service, glm: Path, tmp_path: Path) -> None:
+    nowhere = replace(sync.saved_weights(glm), path=tmp_path)
+    with pytest.raises(StaleWeights, match="serves 0 and is paused"):
+        sync.push([engine.url], nowhere, 2, sync.SyncConfig(pause="abort"))
+    http.post("/continue_generation", json={})
+    assert serves(http, Truth(glm)) == "0"
 
 
 def interrupted(
