@@ -187,7 +187,7 @@ class Frontend:
 
     async def leave_group(self, http: HttpRequest) -> Response:
         """POST /destroy_weights_update_group."""
-        return _outcome(self._updates.leave((await _read(http, LeaveBody)).group_name))
+        return _outcome(await self._updates.leave((await _read(http, LeaveBody)).group_name))
 
     async def rename_weights(self, http: HttpRequest) -> Response:
         """POST /update_weight_version."""

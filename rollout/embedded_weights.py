@@ -16,20 +16,18 @@ import io
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch.multiprocessing import reductions
 
 from pacenote.rollout.embedded_engine import UpdateResult
+from pacenote.rollout.embedded_group import WeightGroup
 from pacenote.rollout.embedded_protocol import DistributedBody, GroupBody, TensorBody
 
 GROUP_SECONDS = 120.0
-c10d: Any = dist.distributed_c10d  # what of it is public has no types
+_NO_FORMAT = "load_format={!r} is not supported by the embedded engine: leave it out"
 Named = tuple[str, torch.Tensor]
 _SAFE = {
     ("torch.multiprocessing.reductions", name): getattr(reductions, name)
@@ -54,11 +52,16 @@ class _Session:
     version: str | None = None
     flush: bool = False
     abort: bool = False
+    broken: str | None = None
 
     def add(self, tensors: Sequence[Named], body: TensorBody | DistributedBody) -> None:
         self.tensors += tensors
         self.version = body.weight_version if body.weight_version is not None else self.version
         self.flush, self.abort = self.flush or body.flush_cache, self.abort or body.abort_all_requests
+
+    def fail(self, message: str) -> UpdateResult:
+        self.broken = self.broken or message
+        return _no(message)
 
 
 class WeightUpdates:
@@ -71,7 +74,7 @@ class WeightUpdates:
     def __init__(self, engine: Taker) -> None:
         self._engine = engine
         self._session: _Session | None = None
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._groups: dict[str, WeightGroup] = {}
 
     def begin(self) -> UpdateResult:
         """POST /begin_weight_update."""
@@ -85,6 +88,8 @@ class WeightUpdates:
         if self._session is None:
             return _no("no weight-update session is open; call begin_weight_update() first")
         session, self._session = self._session, None
+        if session.broken is not None:
+            return _no(f"the weights did not come whole, so none of them were taken: {session.broken}")
         if not session.tensors:
             return _yes("Success")
         result = await asyncio.wrap_future(
@@ -96,31 +101,39 @@ class WeightUpdates:
 
     async def tensors(self, body: TensorBody) -> UpdateResult:
         """POST /update_weights_from_tensor: shared memory of a process on this machine."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             return _no("update_weights_from_tensor must run between begin_weight_update() and end_weight_update()")
         if body.load_format is not None:
-            return _no(f"load_format={body.load_format!r} is not supported by the embedded engine: leave it out")
+            return session.fail(
+                f"load_format={body.load_format!r} is not supported by the embedded engine: leave it out"
+            )
         if len(body.serialized_named_tensors) != 1:
-            return _no(f"expected tensors for 1 rank, got {len(body.serialized_named_tensors)}")
+            return session.fail(f"expected tensors for 1 rank, got {len(body.serialized_named_tensors)}")
         try:
             found = await asyncio.to_thread(read_tensors, body.serialized_named_tensors[0])
         except ValueError as error:
-            return _no(str(error))
-        self._session.add(found, body)
+            return session.fail(str(error))
+        session.add(found, body)
         return _yes("Success")
 
     async def distributed(self, body: DistributedBody) -> UpdateResult:
         """POST /update_weights_from_distributed: broadcasts of rank 0 of the group, one a tensor, in order."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             return _no("update_weights_from_distributed must run between begin_weight_update() and end_weight_update()")
         group = self._groups.get(body.group_name)
         if group is None:
-            return _no(f"no group {body.group_name!r}: call init_weights_update_group() first")
+            return session.fail(f"no group {body.group_name!r}: call init_weights_update_group() first")
+        if body.load_format is not None:
+            return session.fail(
+                f"load_format={body.load_format!r} is not supported by the embedded engine: leave it out"
+            )
         try:
             found = await asyncio.to_thread(_receive, group, body)
-        except (RuntimeError, ValueError, AttributeError) as error:
-            return _no(f"Failed to receive weights: {error}")
-        self._session.add(found, body)
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            return session.fail(f"Failed to receive weights: {error}")
+        session.add(found, body)
         return _yes("Succeeded to update parameter online.")
 
     async def join(self, body: GroupBody) -> UpdateResult:
@@ -129,21 +142,19 @@ class WeightUpdates:
             return _no(f"the group {body.group_name!r} is there already: call destroy_weights_update_group() first")
         try:
             self._groups[body.group_name] = await asyncio.to_thread(
-                weight_group, body.master_address, body.master_port, rank=body.rank_offset, size=body.world_size,
-                name=body.group_name, backend=body.backend,
+                WeightGroup, body.master_address, body.master_port, rank=body.rank_offset, size=body.world_size,
+                name=body.group_name, backend=body.backend, timeout=GROUP_SECONDS,
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             return _no(f"Failed to initialize custom process group: {error}.")
         return _yes("Succeeded to initialize custom process group.")
 
-    def leave(self, name: str) -> UpdateResult:
+    async def leave(self, name: str) -> UpdateResult:
         """POST /destroy_weights_update_group."""
         group = self._groups.pop(name, None)
-        if group is not None:
-            with suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(group)
-        else:
+        if group is None:
             return _no("The group to be destroyed does not exist.")
+        await asyncio.to_thread(group.close)
         return _yes("Succeeded to destroy custom process group.")
 
 
@@ -185,47 +196,14 @@ def read_tensors(payload: str) -> list[Named]:
         raise ValueError(f"expected serialized_named_tensors as a list of (name, tensor), got {error!r}") from error
 
 
-def weight_group(
-    address: str,
-    port: int,
-    *,
-    rank: int,
-    size: int,
-    name: str,
-    backend: str,
-    timeout: float = GROUP_SECONDS,
-) -> dist.ProcessGroup:
-    """A process group beside the default one, as SGLang makes it: trainer and engines need no common world.
-
-    Args:
-        address, port: where rank 0 listens.
-        rank, size: of this process, and of the group.
-        name: the same on all ranks.
-        backend: "gloo" or "nccl".
-        timeout: seconds to wait for the others, here and in every broadcast.
-
-    Raises:
-        RuntimeError: the others did not come.
-    """
-    wait = timedelta(seconds=timeout)
-    store, _, _ = next(iter(c10d.rendezvous(f"tcp://{address}:{port}", rank, size, timeout=wait)))
-    store.set_timeout(wait)
-    # The keys of the rendezvous are this function's of torch: the engine's side goes through it too.
-    group, _ = c10d._new_process_group_helper(
-        size, rank, [], dist.Backend(backend), c10d.PrefixStore(name, store), group_name=name, timeout=wait
-    )
-    c10d._world.pg_group_ranks[group] = {place: place for place in range(size)}  # without it it cannot be destroyed
-    made: dist.ProcessGroup = group
-    return made
-
-
-def _receive(group: dist.ProcessGroup, body: DistributedBody) -> list[Named]:
+def _receive(group: WeightGroup, body: DistributedBody) -> list[Named]:
+    device = torch.device("cuda" if group.backend == "nccl" else "cpu")
     found: list[Named] = []
     for name, dtype, shape in zip(body.names, body.dtypes, body.shapes, strict=True):
         kind = getattr(torch, dtype)
         if not isinstance(kind, torch.dtype):
             raise ValueError(f"no dtype {dtype!r}")
-        tensor = torch.empty(shape, dtype=kind)
-        group.broadcast(tensor, 0).wait()
-        found.append((name, tensor))
+        found.append((name, torch.empty(shape, dtype=kind, device=device)))
+    for work in [group.broadcast(tensor) for _, tensor in found]:
+        work.wait()
     return found

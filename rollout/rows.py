@@ -102,7 +102,9 @@ def _decode(
 
 def _check_there(record: RoutingRecord, start: int, prompt_length: int) -> None:
     """A token's experts are distinct, so what is zero in every layer was never written."""
-    lost = np.flatnonzero(~record.experts.any(axis=(1, 2))) + start if record.top_k > 1 else ()
+    if record.top_k < 2:
+        return
+    lost = np.flatnonzero(~record.experts.any(axis=(1, 2))) + start
     if len(lost):
         side = "prompt" if lost[0] < prompt_length else "answer"
         raise PayloadError(

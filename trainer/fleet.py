@@ -40,7 +40,6 @@ class Fleet:
         self.config, self.weights, self.logs, self.seed, self.exact = config, weights, logs, seed, exact
         self.device = device if config.engine_device == "auto" else config.engine_device
         self.push = push or sync.SyncConfig()
-        self._sync: sync.WeightSync | None = None
         self.serving: int | None = None
         self.restarts = 0
         self._engine: Service | None = None
@@ -86,11 +85,8 @@ class Fleet:
             EngineDied: one did not answer.
             StaleWeights: one refused them.
         """
-        if self._sync is None:
-            urls = self.config.engines or (self.engine_url,)
-            self._sync = sync.WeightSync(urls, self.push)
         if self.serving != version:
-            self._sync.push(weights, version)
+            sync.push(self.config.engines or (self.engine_url,), weights, version, self.push)
             self.serving = version
 
     def check(self) -> None:
@@ -123,8 +119,6 @@ class Fleet:
         self.restarts += 1
         port = int(self._engine.url.rsplit(":", 1)[1])
         self._engine.stop()
-        if self._sync is not None:
-            self._sync.forget()
         self._engine = self._start_engine(path, version, port)
         _wait(self._engine)
         self.serving = version

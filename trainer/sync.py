@@ -1,36 +1,36 @@
 """New weights to every engine: sent, confirmed by asking each one back, and no engine left to serve old ones as new.
 
-    pause -> begin -> send -> end -> what do you serve? -> continue
+    pause -> flush the cache -> begin -> buckets -> end -> what do you serve? -> continue
 
-An engine that failed stays paused and is named in the error, with the version that it serves. What each pause does to
-requests that run: docs/operations.md. Protocol: srt/entrypoints/http_server.py of SGLang 0.5.23.
+The version comes with the last bucket, so that an engine that got only some calls itself by the old one. `end` is what
+makes SGLang finish weights that it keeps in another form than they come in (quantised, repacked). An engine that failed
+is paused, stays so, and is named in the error with the version that it says it serves. What each pause does to requests
+that run: docs/operations.md. Protocol: srt/entrypoints/http_server.py of SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.multiprocessing
+from safetensors import safe_open
 from torch import Tensor
 
-from pacenote.rollout.embedded_weights import weight_group
-from pacenote.rollout.launch import free_port
 from pacenote.trainer.engines import Engine, Pause, each
 from pacenote.trainer.errors import EngineDied, StaleWeights
+from pacenote.trainer.sync_group import Link
 
 KEEP = 2  # an engine may be restarted from the last version while the next is being written
+Item = TypeVar("Item")
 Named = tuple[str, Tensor]
 
 
@@ -40,16 +40,19 @@ class SyncConfig:
 
     method: Literal["disk", "tensor", "distributed"] = "disk"
     """disk: a model directory that engines can read, too. tensor: shared memory, of engines on this machine.
-    distributed: broadcasts over a process group (NCCL from a GPU, else gloo)."""
+    distributed: broadcasts over a process group with each engine."""
     pause: Pause = "none"
-    """What happens to requests that run. none: the update waits for them. abort: they end. retract: they are computed
-    anew under the new weights. in_place: they go on from their old keys and values (the cache is not flushed)."""
+    """What happens to requests that run. none (from disk only): the update waits for them. abort: they end. retract:
+    they are computed anew under the new weights. in_place: they go on from their old keys and values, and the cache is
+    not flushed."""
     bucket_mb: int = 512
     """MiB of tensors in one call."""
     timeout: float = 600.0
     """Seconds that one call, or one broadcast, may take."""
     address: str = "127.0.0.1"
     """Where engines find this process's group."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of the process group; auto: nccl if the trainer's weights are on a GPU."""
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""
@@ -57,6 +60,11 @@ class SyncConfig:
             raise ValueError(f"expected --sync.bucket-mb of at least 1, got {self.bucket_mb}")
         if not self.timeout > 0:
             raise ValueError(f"expected --sync.timeout above 0 seconds, got {self.timeout}")
+        if self.pause == "none" and self.method != "disk":
+            raise ValueError(
+                f"--sync.method {self.method} expects --sync.pause abort, retract or in_place, got none: between two "
+                "buckets an engine would answer with weights that are half old and half new"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,152 +89,131 @@ class Weights:
         return self.path
 
 
-class WeightSync:
-    """Keeps the process group, if there is one, between pushes.
+def saved_weights(path: Path) -> Weights:
+    """The weights in a model directory.
+
+    Raises:
+        ValueError: there are none (safetensors files, as `save_pretrained` writes them).
+    """
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"expected a model directory with safetensors files, got {path}")
+
+    def tensors() -> Iterator[Named]:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    yield name, opened.get_tensor(name)
+
+    def save(_: Path) -> None:
+        raise FileNotFoundError(f"{path} is gone")
+
+    return Weights(path, save, tensors)
+
+
+def push(urls: Sequence[str], weights: Weights, version: int, config: SyncConfig) -> None:
+    """Have all engines serve `weights` as `version`, and confirm that they do.
 
     Args:
         urls: of the engines, each one itself and no gateway.
-        config: how.
+
+    Raises:
+        EngineDied: one did not answer.
+        StaleWeights: one refused them, or serves another version afterwards. Both name every engine: those that serve
+            the version go on, the others are paused until a later push reaches them.
     """
-
-    def __init__(self, urls: Sequence[str], config: SyncConfig) -> None:
-        self.urls, self.config = tuple(urls), config
-        self._group: torch.distributed.ProcessGroup | None = None
-        self._name = ""
-
-    def push(self, weights: Weights, version: int) -> None:
-        """Have all engines serve `weights` as `version`, and confirm that they do.
-
-        Raises:
-            EngineDied: one did not answer.
-            StaleWeights: one refused them, or serves another version afterwards. Both name every engine; those that
-                serve the version go on, the others stay paused (if `pause` is not "none").
-        """
-        engines = [Engine(url, timeout=self.config.timeout) for url in self.urls]
-        try:
-            self._pause(engines)
-            send = {"disk": self._from_disk, "tensor": self._tensors, "distributed": self._broadcast}
-            send[self.config.method](engines, weights, str(version))
-            each(engines, lambda engine: engine.verify(str(version)))
-            if self.config.pause != "none":
-                each(engines, lambda engine: engine.post("continue_generation", {}))
-            if any(engine.error for engine in engines):
-                raise _failure(engines, version)
-        finally:
-            for engine in engines:
-                engine.close()
-
-    def forget(self) -> None:
-        """The process group is broken, or an engine of it was started again: make another one next time."""
-        if self._group is not None:
-            with suppress(RuntimeError, ValueError):
-                torch.distributed.destroy_process_group(self._group)
-        self._group = None
-
-    def _pause(self, engines: Sequence[Engine]) -> None:
-        mode = self.config.pause
-        if mode != "none":
-            each(engines, lambda engine: engine.post("pause_generation", {"mode": mode}))
-
-    @property
-    def _flush(self) -> bool:
-        """Whether the cache goes: requests that are paused in place hold it."""
-        return self.config.pause != "in_place"
-
-    def _from_disk(self, engines: Sequence[Engine], weights: Weights, version: str) -> None:
-        body = {"model_path": str(weights.on_disk()), "weight_version": version, "flush_cache": self._flush}
-        each(engines, lambda engine: engine.post("update_weights_from_disk", body))
-
-    def _tensors(self, engines: Sequence[Engine], weights: Weights, version: str) -> None:
-        each(engines, lambda engine: engine.post("begin_weight_update", {}))
-        ranks = dict(zip((engine.url for engine in engines), each(engines, Engine.ranks), strict=True))
-        for bucket in buckets(weights.tensors(), self.config.bucket_mb << 20):
-            held = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
-            payload = shared(held)  # which has to be kept until everybody has read it
-
-            def send(engine: Engine, payload: str = payload) -> None:
-                body = {
-                    "serialized_named_tensors": [payload] * ranks[engine.url],
-                    "weight_version": version,
-                    "flush_cache": self._flush,
-                }
-                engine.post("update_weights_from_tensor", body)
-
-            each(engines, send)
-        each(engines, lambda engine: engine.post("end_weight_update", {}))
-
-    def _broadcast(self, engines: Sequence[Engine], weights: Weights, version: str) -> None:
-        group = self._joined(engines)
-        if group is None:
-            return
-        each(engines, lambda engine: engine.post("begin_weight_update", {}))
-        for bucket in buckets(weights.tensors(), self.config.bucket_mb << 20):
-            body = {
-                "names": [name for name, _ in bucket],
-                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-                "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": self._name,
-                "weight_version": version,
-                "flush_cache": self._flush,
-            }
-            if any(engine.error for engine in engines):
-                break  # whoever is left would wait for a group that is no longer whole
-            with ThreadPoolExecutor(1) as beside:
-                told = beside.submit(each, engines, partial(_tell, body=body))
-                try:
-                    for _, tensor in bucket:
-                        group.broadcast(tensor.detach().contiguous(), 0).wait()
-                except RuntimeError as error:
-                    for engine in engines:
-                        engine.error = engine.error or f"the broadcast broke: {error}"
-                told.result()
-        if any(engine.error for engine in engines):
-            self.forget()
-        each(engines, lambda engine: engine.post("end_weight_update", {}))
-
-    def _joined(self, engines: Sequence[Engine]) -> torch.distributed.ProcessGroup | None:
-        """The group, made if there is none; None if an engine did not come."""
-        if self._group is not None:
-            return self._group
-        ranks = each(engines, Engine.ranks)
-        first = [1 + sum(ranks[:place]) for place in range(len(ranks))]
-        backend, port, size = ("nccl" if torch.cuda.is_available() else "gloo"), free_port(), 1 + sum(ranks)
-        self._name = f"pacenote-{uuid.uuid4().hex[:8]}"
-
-        def join(place: int) -> None:
-            body = {
-                "master_address": self.config.address,
-                "master_port": port,
-                "rank_offset": first[place],
-                "world_size": size,
-                "group_name": self._name,
-                "backend": backend,
-            }
-            engines[place].post("init_weights_update_group", body)
-
-        with ThreadPoolExecutor(len(engines)) as beside:
-            joining = [beside.submit(join, place) for place in range(len(engines))]
-            try:
-                self._group = weight_group(
-                    self.config.address, port, rank=0, size=size, name=self._name, backend=backend,
-                    timeout=min(120.0, self.config.timeout),
-                )  # fmt: skip
-            except RuntimeError as error:
-                for engine in engines:
-                    engine.error = engine.error or f"the process group was not made: {error}"
-            for future in joining:
-                future.result()
-        return self._group
+    engines = [Engine(url, timeout=config.timeout) for url in urls]
+    send = {"disk": _from_disk, "tensor": _from_tensors, "distributed": _broadcast}[config.method]
+    try:
+        if config.pause != "none":
+            each(engines, lambda engine: engine.post("pause_generation", {"mode": config.pause}))
+        if config.pause in ("abort", "retract"):  # in place, requests hold the cache
+            each(engines, lambda engine: engine.post("flush_cache", {}))
+        send(engines, weights, str(version), config)
+        each(engines, lambda engine: engine.verify(str(version)))
+        if config.pause != "none":
+            each(engines, lambda engine: engine.post("continue_generation", {}))
+        failed = [engine for engine in engines if engine.error is not None]
+        if failed:
+            # One that was not paused goes on with other weights than the rest; one that is keeps its own mode.
+            if config.pause == "none":
+                each(failed, lambda engine: engine.try_post("pause_generation", {"mode": "in_place"}))
+            raise _failure(engines, version)
+    finally:
+        for engine in engines:
+            engine.close()
 
 
-def _tell(engine: Engine, body: dict[str, Any]) -> None:
-    engine.post("update_weights_from_distributed", body)
+def _from_disk(engines: Sequence[Engine], weights: Weights, version: str, config: SyncConfig) -> None:
+    flush = config.pause == "none"  # else it was, or cannot be
+    body = {"model_path": str(weights.on_disk()), "weight_version": version, "flush_cache": flush}
+    each(engines, lambda engine: engine.post("update_weights_from_disk", body))
+
+
+def _from_tensors(engines: Sequence[Engine], weights: Weights, version: str, config: SyncConfig) -> None:
+    ranks = dict(zip(engines, each(engines, Engine.ranks), strict=True))
+    begun = _begin(engines)
+    for bucket, last in with_last(buckets(weights.tensors(), config.bucket_mb << 20)):
+        held = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
+        # Who reads a payload gives up one count of its memory, so each rank of each engine needs one of its own.
+        payloads = {engine: [shared(held) for _ in range(ranks[engine])] for engine in begun}
+
+        def send(engine: Engine, payloads: dict[Engine, list[str]] = payloads, last: bool = last) -> None:
+            body = {"serialized_named_tensors": payloads[engine], **_rest(version, last)}
+            engine.post("update_weights_from_tensor", body)
+
+        each(begun, send)  # `held` lives until everybody has read it
+    _end(begun)
+
+
+def _broadcast(engines: Sequence[Engine], weights: Weights, version: str, config: SyncConfig) -> None:
+    sent = buckets(weights.tensors(), config.bucket_mb << 20)
+    first = next(sent, [])
+    on_gpu = any(tensor.is_cuda for _, tensor in first)
+    backend = config.backend if config.backend != "auto" else "nccl" if on_gpu else "gloo"
+    links = each(engines, lambda engine: Link(engine, address=config.address, backend=backend, timeout=config.timeout))
+    by_engine = {link.engine: link for link in links}
+    try:
+        begun = _begin(engines)
+        for bucket, last in with_last(itertools.chain([first] if first else [], sent)):
+
+            def send(engine: Engine, bucket: list[Named] = bucket, last: bool = last) -> None:
+                by_engine[engine].send(bucket, _rest(version, last))
+
+            each(begun, send)
+        _end(begun)
+    finally:
+        for link in links:
+            link.close()
+
+
+def _rest(version: str, last: bool) -> dict[str, Any]:
+    """What a call says beside its tensors. The cache was flushed, or cannot be."""
+    return {"flush_cache": False, **({"weight_version": version} if last else {})}
+
+
+def _begin(engines: Sequence[Engine]) -> list[Engine]:
+    """The engines whose session is open now."""
+    opened = each(engines, lambda engine: engine.post("begin_weight_update", {}))
+    return [engine for engine, is_open in zip(engines, opened, strict=True) if is_open]
+
+
+def _end(begun: Sequence[Engine]) -> None:
+    """Close the sessions; also those of engines that failed, which the next push could not begin with otherwise."""
+
+    def end(engine: Engine) -> None:
+        if engine.error is None:
+            engine.post("end_weight_update", {})
+        else:
+            engine.try_post("end_weight_update", {})
+
+    each(begun, end)
 
 
 def _failure(engines: Sequence[Engine], version: int) -> EngineDied | StaleWeights:
     words = [
         f"{engine.url} serves {'nobody knows what' if engine.version is None else engine.version}"
-        + (f" ({engine.error})" if engine.error else "")
+        + (f"{'' if engine.lost else ' and is paused'} ({engine.error})" if engine.error else "")
         for engine in engines
     ]
     kind = EngineDied if any(engine.lost for engine in engines) else StaleWeights
@@ -246,6 +233,17 @@ def buckets(tensors: Iterator[Named], size: int) -> Iterator[list[Named]]:
         held += own
     if bucket:
         yield bucket
+
+
+def with_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    """Each item, and whether it is the last one."""
+    before: list[Item] = []
+    for item in items:
+        if before:
+            yield before[0], False
+        before = [item]
+    for item in before:
+        yield item, True
 
 
 def shared(tensors: Sequence[Named]) -> str:

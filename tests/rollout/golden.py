@@ -52,8 +52,6 @@ DIFFERENCES: dict[str, dict[str, str]] = {
             "options that the embedded engine has not",
     },
     "control": {
-        r"^((end|tensors) before begin|begin|end|new version|version after naming it): ":
-            "the embedded engine takes weights from disk only",
         r"^version after .*: (embedding|load_format): missing": "features that the embedded engine lacks",
         r"^version after .*: served_model_name: ": "SGLang calls itself by the path of its weights after an update",
         r"^update in .*: num_paused_requests: ": "SGLang says none where its scheduler holds one",

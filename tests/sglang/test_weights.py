@@ -8,20 +8,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
 
 from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
 from pacenote.rollout.launch import Service, free_port, sessions_command
 from pacenote.rollout.trajectory import Trajectory
+from pacenote.trainer import sync
 from pacenote.trainer.errors import StaleWeights
 from pacenote.trainer.model import build_tiny
-from pacenote.trainer.sync import SyncConfig, Weights, WeightSync
 from tests.rollout.golden_calls import PROMPT
 from tests.rollout.talk import USER, chat, samples
 from tests.rollout.talk import start as open_session
@@ -59,7 +60,7 @@ def sessions(engine: Service, glm: Path, tmp_path_factory: pytest.TempPathFactor
 def http(engine: Service, glm: Path) -> Iterator[httpx.Client]:
     """A client of the engine, which serves the first weights as version 0 again."""
     with httpx.Client(base_url=engine.url, timeout=60, trust_env=False) as client:
-        push(engine, glm, 0)
+        sync.push([engine.url], sync.saved_weights(glm), 0, sync.SyncConfig())
         yield client
         client.post("/continue_generation", json={})
     assert engine.alive, engine.tail()
@@ -76,27 +77,39 @@ def serves(http: httpx.Client, truth: Truth) -> str:
     return version
 
 
-def push(engine: Service, model: Path, version: int, method: Any = "disk", **options: Any) -> None:
-    """The weights in a model directory."""
-    tensors = load_file(model / "model.safetensors") if model.exists() else {}
-    weights = Weights(model, lambda path: None, lambda: iter(tensors.items()))
-    WeightSync([engine.url], SyncConfig(method=method, **options)).push(weights, version)
-
-
 @pytest.mark.parametrize("method", ["disk", "tensor", "distributed"])
-@pytest.mark.parametrize("pause", ["none", "retract"])
-def test_three_ways(http: httpx.Client, engine: Service, glm: Path, other: Path, method: str, pause: str) -> None:
+@pytest.mark.parametrize("pause", ["abort", "retract", "in_place"])
+def test_new_weights(
+    http: httpx.Client, engine: Service, glm: Path, other: Path, tmp_path: Path, method: Any, pause: Any
+) -> None:
+    config = sync.SyncConfig(method=method, pause=pause, bucket_mb=1)
     assert serves(http, Truth(glm)) == "0"
-    push(engine, other, 5, method, pause=pause)
-    assert serves(http, Truth(other)) == "5"
+    for version in (1, 2):
+        sync.push([engine.url], sync.saved_weights(other), version, config)
+        assert serves(http, Truth(other)) == str(version)
 
 
-def test_a_refusal(http: httpx.Client, engine: Service, other: Path, tmp_path: Path) -> None:
-    push(engine, other, 1)
-    missing = Weights(tmp_path / "000002", lambda path: None, lambda: iter(()))
-    with pytest.raises(StaleWeights, match="serves 1"):
-        WeightSync([engine.url], SyncConfig()).push(missing, 2)
-    assert serves(http, Truth(other)) == "1"
+@pytest.mark.parametrize("method", ["tensor", "distributed"])
+def test_the_version_comes_with_the_last_bucket(http: httpx.Client, engine: Service, other: Path, method: Any) -> None:
+    weights, seen = sync.saved_weights(other), []
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, named in enumerate(weights.tensors()):
+            if number % 40 == 0:
+                seen.append(http.get("/model_info").json()["weight_version"])
+            yield named
+
+    config = sync.SyncConfig(method=method, pause="abort", bucket_mb=1)
+    sync.push([engine.url], replace(weights, tensors=watched), 3, config)
+    assert set(seen) == {"0"}
+
+
+def test_refused(http: httpx.Client, engine: Service, glm: Path, tmp_path: Path) -> None:
+    nowhere = replace(sync.saved_weights(glm), path=tmp_path)
+    with pytest.raises(StaleWeights, match="serves 0 and is paused"):
+        sync.push([engine.url], nowhere, 2, sync.SyncConfig(pause="abort"))
+    http.post("/continue_generation", json={})
+    assert serves(http, Truth(glm)) == "0"
 
 
 def interrupted(
