@@ -189,7 +189,7 @@ def _broadcast(engines: Sequence[Engine], weights: Weights, version: str, config
 
 def _rest(version: str, last: bool) -> dict[str, Any]:
     """What a call says beside its tensors. The cache was flushed, or cannot be."""
-    return {"flush_cache": False, "weight_version": version}
+    return {"flush_cache": False, **({"weight_version": version} if last else {})}
 
 
 def _begin(engines: Sequence[Engine]) -> list[Engine]:
