@@ -285,25 +285,6 @@ def test_an_engine_that_did_not_pause_does_so_when_it_refuses(urls: list[str], s
         control(url, "continue_generation")
 
 
-@pytest.mark.parametrize("method", ["tensor", "distributed"])
-def test_the_version_comes_with_the_last_bucket(urls: list[str], scaled: Scaled, method: Any) -> None:
-    """As long as some of the weights are old, no engine says that it serves the new ones: SGLang believes each call."""
-    push(urls, scaled(1.0), 1, DISK)
-    weights, seen = scaled(1.25), []
-
-    def watched() -> Iterator[tuple[str, torch.Tensor]]:
-        for number, named in enumerate(weights.tensors()):
-            if number % 40 == 0:
-                seen.append(version(urls[0]))
-            yield named
-        seen.append(version(urls[0]))
-
-    small = replace(weights, tensors=watched)
-    push(urls, small, 2, SyncConfig(method=method, pause="abort", bucket_mb=1))
-    assert set(seen) == {"1"}
-    assert version(urls[0]) == "2"
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_an_engine_that_says_another_version_afterwards(urls: list[str], scaled: Scaled, method: Any) -> None:
     """It took all calls and said yes."""
