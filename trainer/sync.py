@@ -15,6 +15,7 @@ import io
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -152,18 +153,17 @@ def _from_disk(engines: Sequence[Engine], weights: Weights, version: str, config
 
 def _from_tensors(engines: Sequence[Engine], weights: Weights, version: str, config: SyncConfig) -> None:
     ranks = dict(zip(engines, each(engines, Engine.ranks), strict=True))
-    begun = _begin(engines)
-    for bucket, last in with_last(buckets(weights.tensors(), config.bucket_mb << 20)):
-        held = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
-        # Who reads a payload gives up one count of its memory, so each rank of each engine needs one of its own.
-        payloads = {engine: [shared(held) for _ in range(ranks[engine])] for engine in begun}
+    with _session(engines) as begun:
+        for bucket, last in with_last(buckets(weights.tensors(), config.bucket_mb << 20)):
+            held = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in bucket]
+            # Who reads a payload gives up one count of its memory, so each rank of each engine needs one of its own.
+            payloads = {engine: [shared(held) for _ in range(ranks[engine])] for engine in begun}
 
-        def send(engine: Engine, payloads: dict[Engine, list[str]] = payloads, last: bool = last) -> None:
-            body = {"serialized_named_tensors": payloads[engine], **_rest(version, last)}
-            engine.post("update_weights_from_tensor", body)
+            def send(engine: Engine, payloads: dict[Engine, list[str]] = payloads, last: bool = last) -> None:
+                body = {"serialized_named_tensors": payloads[engine], **_rest(version, last)}
+                engine.post("update_weights_from_tensor", body)
 
-        each(begun, send)  # `held` lives until everybody has read it
-    _end(begun)
+            each(begun, send)  # `held` lives until everybody has read it
 
 
 def _broadcast(engines: Sequence[Engine], weights: Weights, version: str, config: SyncConfig) -> None:
@@ -174,14 +174,13 @@ def _broadcast(engines: Sequence[Engine], weights: Weights, version: str, config
     links = each(engines, lambda engine: Link(engine, address=config.address, backend=backend, timeout=config.timeout))
     by_engine = {link.engine: link for link in links}
     try:
-        begun = _begin(engines)
-        for bucket, last in with_last(itertools.chain([first] if first else [], sent)):
+        with _session(engines) as begun:
+            for bucket, last in with_last(itertools.chain([first] if first else [], sent)):
 
-            def send(engine: Engine, bucket: list[Named] = bucket, last: bool = last) -> None:
-                by_engine[engine].send(bucket, _rest(version, last))
+                def send(engine: Engine, bucket: list[Named] = bucket, last: bool = last) -> None:
+                    by_engine[engine].send(bucket, _rest(version, last))
 
-            each(begun, send)
-        _end(begun)
+                each(begun, send)
     finally:
         for link in links:
             link.close()
@@ -192,10 +191,19 @@ def _rest(version: str, last: bool) -> dict[str, Any]:
     return {"flush_cache": False, **({"weight_version": version} if last else {})}
 
 
-def _begin(engines: Sequence[Engine]) -> list[Engine]:
-    """The engines whose session is open now."""
+@contextmanager
+def _session(engines: Sequence[Engine]) -> Iterator[list[Engine]]:
+    """The engines whose session is open inside; it is closed whatever happens, or no later push could begin."""
     opened = each(engines, lambda engine: engine.post("begin_weight_update", {}))
-    return [engine for engine, is_open in zip(engines, opened, strict=True) if is_open]
+    begun = [engine for engine, is_open in zip(engines, opened, strict=True) if is_open]
+    try:
+        yield begun
+    except BaseException as error:
+        for engine in begun:
+            engine.fail(f"sending broke off: {error!r}")
+        raise
+    finally:
+        _end(begun)
 
 
 def _end(begun: Sequence[Engine]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,6 @@ def test_answers_are_the_recorded_ones(
         (FOLDER / f"{kind}.json").write_text(text + "\n", encoding="utf-8")
         about = {"sglang": asked["info"]["/server_info"]["body"]["version"], "weights": weights_digest(glm)}
         (FOLDER / "recorded.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    moved = list(differences(load(kind), asked[kind]))
+    # timings, which are other ones each time
+    moved = [line for line in differences(load(kind), asked[kind]) if not re.search(r"/v1/loads|engine_load", line)]
     assert not moved, "\n".join(moved)

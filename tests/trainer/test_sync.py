@@ -372,6 +372,26 @@ def test_an_engine_that_dies_in_the_middle(
     assert [logprobs(url) for url in urls] == changed
 
 
+@pytest.mark.parametrize("method", ["tensor", "distributed"])
+def test_a_sender_that_breaks_off(urls: list[str], scaled: Scaled, method: Any) -> None:
+    """Its error is raised, the version stays the old one, and the next push can begin."""
+    push(urls, scaled(1.0), 1, DISK)
+    weights = scaled(1.25)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(weights.tensors())[:100]
+        raise MemoryError("no room for the rest")
+
+    config = SyncConfig(method=method, pause="abort", bucket_mb=1)
+    with pytest.raises(MemoryError, match="no room for the rest"):
+        push(urls, replace(weights, tensors=broken), 2, config)
+    assert [version(url) for url in urls] == ["1", "1"]
+    assert [health(url) for url in urls] == [503, 503], "they go on with weights that nobody knows"
+    push(urls, weights, 3, config)
+    assert [version(url) for url in urls] == ["3", "3"]
+    assert [health(url) for url in urls] == [200, 200]
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
