@@ -126,19 +126,22 @@ def push(urls: Sequence[str], weights: Weights, version: int, config: SyncConfig
     engines = [Engine(url, timeout=config.timeout) for url in urls]
     send = {"disk": _from_disk, "tensor": _from_tensors, "distributed": _broadcast}[config.method]
     try:
+        if config.method == "disk":
+            weights.on_disk()  # before anybody stands still for it
         if config.pause != "none":
             each(engines, lambda engine: engine.post("pause_generation", {"mode": config.pause}))
         if config.pause in ("abort", "retract"):  # in place, requests hold the cache
             each(engines, lambda engine: engine.post("flush_cache", {}))
         send(engines, weights, str(version), config)
         each(engines, lambda engine: engine.verify(str(version)))
-        if config.pause != "none":
-            each(engines, lambda engine: engine.post("continue_generation", {}))
+        # Whatever the pause: an earlier push may have failed here and left it paused, and now it serves what it should.
+        each(engines, lambda engine: engine.post("continue_generation", {}))
         failed = [engine for engine in engines if engine.error is not None]
         if failed:
-            # One that was not paused goes on with other weights than the rest; one that is keeps its own mode.
+            # One that was not paused goes on with other weights than the rest; one that is keeps its own mode. Not in
+            # place, where requests would hold the cache that the next push has to flush.
             if config.pause == "none":
-                each(failed, lambda engine: engine.try_post("pause_generation", {"mode": "in_place"}))
+                each(failed, lambda engine: engine.try_post("pause_generation", {"mode": "retract"}))
             raise _failure(engines, version)
     finally:
         for engine in engines:
@@ -193,22 +196,21 @@ def _rest(version: str, last: bool) -> dict[str, Any]:
 
 @contextmanager
 def _session(engines: Sequence[Engine]) -> Iterator[list[Engine]]:
-    """The engines whose session is open inside; it is closed whatever happens, or no later push could begin."""
+    """The engines whose session is open. It is closed at the end, also if the trainer itself fails in between: the
+    engines stay paused then, and the next push can begin."""
     opened = each(engines, lambda engine: engine.post("begin_weight_update", {}))
     begun = [engine for engine, is_open in zip(engines, opened, strict=True) if is_open]
     try:
         yield begun
-    except BaseException as error:
+    except BaseException:
         for engine in begun:
-            engine.fail(f"sending broke off: {error!r}")
+            engine.fail("the trainer broke off")
         raise
     finally:
         _end(begun)
 
 
 def _end(begun: Sequence[Engine]) -> None:
-    """Close the sessions; also those of engines that failed, which the next push could not begin with otherwise."""
-
     def end(engine: Engine) -> None:
         if engine.error is None:
             engine.post("end_weight_update", {})

@@ -281,8 +281,40 @@ def test_an_engine_that_did_not_pause_does_so_when_it_refuses(urls: list[str], s
     with pytest.raises(StaleWeights, match="serves 1 and is paused"):
         push(urls, replace(scaled(1.0), path=tmp_path), 2, DISK)
     assert [health(url) for url in urls] == [503, 503]
-    for url in urls:
-        control(url, "continue_generation")
+    push(urls, scaled(1.25), 3, DISK)
+    assert [health(url) for url in urls] == [200, 200], "a push that did not pause takes them back in, too"
+    assert [version(url) for url in urls] == ["3", "3"]
+
+
+@pytest.mark.parametrize("method", ["tensor", "distributed"])
+def test_the_trainer_fails_in_the_middle(urls: list[str], scaled: Scaled, method: Any) -> None:
+    """Its own error comes through; nobody serves a part or calls it new, and the next push can begin."""
+    push(urls, scaled(1.0), 1, DISK)
+    whole, config = scaled(1.25), SyncConfig(method=method, pause="retract", bucket_mb=1)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(whole.tensors())[:60]
+        raise MemoryError("no memory for the rest")
+
+    with pytest.raises(MemoryError, match="for the rest"):
+        push(urls, replace(whole, tensors=broken), 2, config)
+    assert [version(url) for url in urls] == ["1", "1"]
+    assert [health(url) for url in urls] == [503, 503]
+    push(urls, whole, 3, config)
+    assert [version(url) for url in urls] == ["3", "3"]
+    assert [health(url) for url in urls] == [200, 200]
+    assert logprobs(urls[0]) == logprobs(urls[1])
+
+
+def test_weights_are_on_disk_before_anybody_pauses(urls: list[str], scaled: Scaled, tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError("no space left")
+
+    push(urls, scaled(1.0), 1, DISK)
+    weights = replace(scaled(1.25), path=tmp_path / "000002", save=full)
+    with pytest.raises(OSError, match="no space left"):
+        push(urls, weights, 2, SyncConfig(pause="abort"))
+    assert [health(url) for url in urls] == [200, 200]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -370,26 +402,6 @@ def test_an_engine_that_dies_in_the_middle(
     changed = [logprobs(url) for url in urls]
     push(urls, weights, 3, DISK)
     assert [logprobs(url) for url in urls] == changed
-
-
-@pytest.mark.parametrize("method", ["tensor", "distributed"])
-def test_a_sender_that_breaks_off(urls: list[str], scaled: Scaled, method: Any) -> None:
-    """Its error is raised, the version stays the old one, and the next push can begin."""
-    push(urls, scaled(1.0), 1, DISK)
-    weights = scaled(1.25)
-
-    def broken() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from list(weights.tensors())[:100]
-        raise MemoryError("no room for the rest")
-
-    config = SyncConfig(method=method, pause="abort", bucket_mb=1)
-    with pytest.raises(MemoryError, match="no room for the rest"):
-        push(urls, replace(weights, tensors=broken), 2, config)
-    assert [version(url) for url in urls] == ["1", "1"]
-    assert [health(url) for url in urls] == [503, 503], "they go on with weights that nobody knows"
-    push(urls, weights, 3, config)
-    assert [version(url) for url in urls] == ["3", "3"]
-    assert [health(url) for url in urls] == [200, 200]
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
