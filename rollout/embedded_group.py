@@ -45,7 +45,7 @@ class WeightGroup:
         _c10d._world.pg_group_ranks[self._group] = {place: place for place in range(size)}
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start the broadcast of rank 0's tensor; on the other ranks `tensor` is written."""
+        """Start the broadcast of rank 0's tensor [...]; on the other ranks `tensor` is written."""
         work: dist.Work = self._group.broadcast(tensor, 0)
         return work
 

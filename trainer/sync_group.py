@@ -68,7 +68,7 @@ class Link:
                 self.engine.fail(f"the process group was not made: {str(error).splitlines()[0]}")
 
     def send(self, named: Sequence[tuple[str, Tensor]], body: dict[str, Any]) -> None:
-        """Broadcast tensors, in order, while the engine is told what comes: `body` and their names and shapes."""
+        """Broadcast tensors [...], in order, while the engine is told what comes: `body` and their names and shapes."""
         group = self._group
         if self.engine.error is not None or group is None:
             return

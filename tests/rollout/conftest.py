@@ -51,8 +51,9 @@ _numbers = itertools.count(1)
 
 
 def identity_rows(tokens: Sequence[int], start: int = 0) -> NDArray[np.int32]:
-    """[tokens, L, 2]: the token's hexadecimal digits in slot 0 and those of its position (from `start`) in slot 1."""
-    places = np.arange(start, start + len(tokens), dtype=np.int32)
+    """[tokens, L, 2]: the token's hexadecimal digits in slot 0 and those of its place (from `start`, the first is 1, so
+    that no row is all zeros) in slot 1."""
+    places = np.arange(start + 1, start + len(tokens) + 1, dtype=np.int32)
     shifts = np.arange(len(GEOMETRY.layers), dtype=np.int32) * 4
     pair = np.stack([np.asarray(tokens, dtype=np.int32).reshape(-1), places], axis=1)
     return (pair[:, None, :] >> shifts[None, :, None]) & 15
@@ -61,7 +62,7 @@ def identity_rows(tokens: Sequence[int], start: int = 0) -> NDArray[np.int32]:
 def named_tokens(experts: NDArray[Any]) -> tuple[list[int], list[int]]:
     """(tokens, positions) that rows [R, L, 2] name."""
     digits = (experts.astype(np.int64) << (np.arange(len(GEOMETRY.layers)) * 4)[None, :, None]).sum(axis=1)
-    return digits[:, 0].tolist(), digits[:, 1].tolist()
+    return digits[:, 0].tolist(), (digits[:, 1] - 1).tolist()
 
 
 def payload(tokens: Sequence[int], start: int = 0) -> str:
