@@ -18,6 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long forms by command, the short ones otherwise."""
+    parser.addoption("--long", action="store_true", help="crash, fuzz and soak tests in their long form; hours in all")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first, so that no worker is left with them at the end."""
     items.sort(key=lambda item: "road" not in item.keywords)
