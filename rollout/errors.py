@@ -7,6 +7,7 @@ SessionError
     ContextOverflow      longer than the engine's context; code context_length_exceeded
     NotLinear            under --policy linear: neither an extension nor a rollback by one answer
     MatchFailed          the function of --match failed on a message
+    SessionTooLarge      the session has reached --max-session-bytes
     KeyReused       422  an Idempotency-Key that came with another body before
   Unauthorized      401  no token, or one that does not open this path
   Forbidden         403  a session's key where an admin token is needed, or an engine's path that is kept closed
@@ -22,6 +23,7 @@ SessionError
     UpstreamUnproven 503 what a session needs was lost on the way to the engine or back when that was tried
   StoreError        503  the journal could not be written; the state is as it was
     StoreFull       507  because its disk is full
+    QuotaExceeded   507  because --max-sessions or --max-total-bytes is reached
 """
 
 from __future__ import annotations
@@ -78,6 +80,12 @@ class MatchFailed(BadRequest):
     """The function of --match failed on a message."""
 
     code = "match_failed"
+
+
+class SessionTooLarge(BadRequest):
+    """The session has reached --max-session-bytes; asking again does not help."""
+
+    code = "session_too_large"
 
 
 class KeyReused(BadRequest):
@@ -144,6 +152,12 @@ class StoreFull(StoreError):
     """The journal's disk is full."""
 
     status, code = 507, "store_full"
+
+
+class QuotaExceeded(StoreError):
+    """As much is held as may be; it helps to delete sessions."""
+
+    status, code = 507, "quota_exceeded"
 
 
 class UpstreamError(SessionError):

@@ -69,7 +69,9 @@ class Front:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
         self._flights = Flights()
         self.template, self._geometry, self._match = template, geometry, match
-        self.metrics = Metrics(in_flight=self._flights.__len__, sessions=store.__len__, store_bytes=store.bytes)
+        self.metrics = Metrics(
+            in_flight=self._flights.__len__, sessions=store.__len__, held=store.held, store_bytes=store.bytes
+        )
         self._chats: Chats
         self._proof: Proof | None = None
 

@@ -123,10 +123,10 @@ def _restored(entry: Mapping[str, Any]) -> Message:
 
 def _others(value: Pending | Prompt | Render | Answer, *known: str) -> Head:
     """The fields that are JSON as they are."""
-    return {field.name: getattr(value, field.name) for field in fields(value) if field.name not in known}
+    return {field.name: getattr(value, field.name) for field in fields(value) if field.init and field.name not in known}
 
 
 def _made(kind: type[Kind], head: Mapping[str, Any], **known: Any) -> Kind:
     """An instance of a head's fields, the known ones replaced."""
-    names = {field.name for field in fields(kind)}
+    names = {field.name for field in fields(kind) if field.init}
     return kind(**({name: value for name, value in head.items() if name in names} | known))

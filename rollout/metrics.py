@@ -23,6 +23,7 @@ class Metrics:
     Args:
         in_flight: chats that are being answered now.
         sessions: sessions that are held now.
+        held: bytes of their turns.
         store_bytes: size of the journal on disk; None without one.
     """
 
@@ -31,6 +32,7 @@ class Metrics:
         *,
         in_flight: Callable[[], int],
         sessions: Callable[[], int],
+        held: Callable[[], int],
         store_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._registry = registry = CollectorRegistry()
@@ -51,6 +53,8 @@ class Metrics:
         )
         Gauge("pacenote_in_flight", "Chats that are being answered.", registry=registry).set_function(in_flight)
         Gauge("pacenote_sessions", "Sessions that are held.", registry=registry).set_function(sessions)
+        turns = Gauge("pacenote_held_bytes", "Bytes of the turns that are held.", registry=registry)
+        turns.set_function(held)
         if store_bytes() is not None:
             stored = Gauge("pacenote_store_bytes", "Size of the journal on disk.", registry=registry)
             stored.set_function(lambda: store_bytes() or 0)

@@ -17,6 +17,7 @@ from pacenote.rollout.linear import POLICIES
 from pacenote.rollout.matching import MODES
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.pairs import Pair
+from pacenote.rollout.quota import Quota
 from pacenote.rollout.request_log import FORMATS
 from pacenote.rollout.server import SessionConfig, load_front, serve
 from pacenote.rollout.store import open_store
@@ -62,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         help="admin tokens, one a line; the variable PACENOTE_AUTH_TOKENS if left out")  # fmt: skip
     add("--session-ttl", type=float, metavar="SECONDS", help="forget sessions that nobody used for so long")
     add("--max-body", type=int, default=64 << 20, metavar="BYTES", help="largest body of a request")
+    add("--max-sessions", type=int, metavar="N", help="sessions that may be held; new ones are refused then")
+    add("--max-total-bytes", type=int, metavar="BYTES", help="bytes of turns that may be held; chats are refused then")
+    add("--max-session-bytes", type=int, metavar="BYTES", help="the same of one session")
     add("--log", default="text", choices=FORMATS, help="lines on stderr for each request and answered chat")
     add("--log-content", action="store_true", help="show in these lines what was said, too")
     add("--drain", type=float, default=30.0, metavar="SECONDS",
@@ -79,7 +83,9 @@ def serve_command(argv: Sequence[str]) -> int:
     exit_with_parent()
     roles, file = frozenset(options.pop("append_roles")), options.pop("auth_file")
     check, options["pairs"] = options.pop("check_upstream"), tuple(options["pairs"])
+    bounds = {name: options.pop(f"max_{name}") for name in ("sessions", "total_bytes", "session_bytes")}
     try:
+        options["quota"] = Quota(**bounds)
         options["upstream"] = options["upstream"] or _decode_side(options["pairs"])
         if options["auth"] == "tokens":
             options["tokens"] = read_tokens(file, os.environ)

@@ -40,6 +40,7 @@ from pacenote.rollout.matching import Match, check_name
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.pairs import Pair
 from pacenote.rollout.proxy import Proxy
+from pacenote.rollout.quota import UNBOUNDED, Quota
 from pacenote.rollout.request_log import FORMATS, RequestLog, configure
 from pacenote.rollout.share import WHOLE, Share
 from pacenote.rollout.store import SessionStore, check_store, open_store
@@ -70,6 +71,7 @@ class SessionConfig:
         tokens: admin tokens for auth "tokens".
         session_ttl: seconds after which a session that nobody uses is forgotten; None keeps it.
         max_body: bytes of a request's body.
+        quota: how much all processes together may hold.
         pairs: prefill/decode pairs to drive instead of asking `upstream`, each PREFILL_URL,BOOTSTRAP_PORT,DECODE_URL;
             or "auto" alone: those that the gateway at `upstream` lists.
         probe: answer no chat before the way to the engine was seen to lose nothing.
@@ -100,6 +102,7 @@ class SessionConfig:
     tokens: tuple[str, ...] = field(default=(), repr=False)
     session_ttl: float | None = None
     max_body: int = 64 << 20
+    quota: Quota = UNBOUNDED
     pairs: tuple[str, ...] = ()
     probe: bool = False
     workers: int = 1
@@ -162,7 +165,7 @@ def load_front(
     match = Match.load(config.match)
     keys = Keys(config.tokens) if config.auth == "tokens" else None
     if store is None:
-        store = open_store(config.store, share=share, subject=_subject(template, geometry, match))
+        store = open_store(config.store, share=share, subject=_subject(template, geometry, match), quota=config.quota)
     return Front(config, template, geometry, store, match=match, keys=keys, instance=instance)
 
 

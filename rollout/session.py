@@ -45,12 +45,16 @@ class Session:
     Args:
         id: as in the URL.
         recovered: it was started by a chat rather than by POST /sessions.
+
+    Attributes:
+        bytes: what its turns take.
     """
 
     def __init__(self, id: str, *, recovered: bool = False) -> None:
         self.id = id
         self.recovered = recovered
         self.created = time.time()
+        self.bytes = 0
         self._turns: list[Turn] = []
         self._by_path: defaultdict[bytes, list[Turn]] = defaultdict(list)
         self._by_prompt: defaultdict[tuple[int, bytes], list[Turn]] = defaultdict(list)
@@ -144,6 +148,7 @@ class Session:
             path=chain([answer.message.key], prompt.path)[-1],
             created=time.time() if created is None else created,
         )
+        self.bytes += turn.bytes()  # first: if its messages cannot be written as JSON, nothing has changed
         self._turns.append(turn)
         self._by_id[id].append(turn)
         self._by_path[turn.path].append(turn)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pacenote.rollout.errors import BadRequest, Misdirected, SessionExpired, SessionGone, StartupError
 from pacenote.rollout.journal import DELETED, EXPIRED, Journal
+from pacenote.rollout.quota import UNBOUNDED, Quota
 from pacenote.rollout.session import Pending, Session
 from pacenote.rollout.share import WHOLE, Share
 from pacenote.rollout.turn import Answer, Turn
@@ -33,6 +34,7 @@ class SessionStore(Protocol):
 
         Raises:
             StoreError: it cannot be kept.
+            QuotaExceeded: as much is held as may be.
         """
         ...
 
@@ -46,12 +48,15 @@ class SessionStore(Protocol):
         ...
 
     def open(self, session_id: str) -> Session:
-        """The session, or a new one that is held, and shown, once something is committed to it. Counts as use.
+        """For a chat: the session, or a new one that is held, and shown, once something is committed to it.
+
+        Counts as use.
 
         Raises:
             SessionGone: it was deleted, or has expired.
             Misdirected: another process holds it.
             BadRequest: the id is too long.
+            QuotaExceeded, SessionTooLarge: as much is held as may be.
         """
         ...
 
@@ -85,6 +90,10 @@ class SessionStore(Protocol):
         """Sessions that are held."""
         ...
 
+    def held(self) -> int:
+        """Bytes of their turns."""
+        ...
+
     def bytes(self) -> int | None:
         """What they take on disk; None where they take nothing."""
         ...
@@ -100,22 +109,34 @@ class MemoryStore:
     Args:
         remembered: how many ids that are gone are remembered; the oldest are forgotten beyond that.
         share: this process's part of all sessions; new ids are drawn from it.
+        quota: how much may be held here.
         clock: seconds, for `expire`.
     """
 
     def __init__(
-        self, *, remembered: int = 1_000_000, share: Share = WHOLE, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        remembered: int = 1_000_000,
+        share: Share = WHOLE,
+        quota: Quota = UNBOUNDED,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sessions: dict[str, Session] = {}
+        self._held = 0
         self._gone: dict[str, str] = {}  # id -> DELETED | EXPIRED, in order
         self._used: dict[str, float] = {}
         self._remembered = remembered
         self._share = share
+        self._quota = quota
         self._clock = clock
 
     def __len__(self) -> int:
         """See `SessionStore.__len__`."""
         return len(self._sessions)
+
+    def held(self) -> int:
+        """See `SessionStore.held`."""
+        return self._held
 
     def bytes(self) -> int | None:
         """See `SessionStore.bytes`."""
@@ -123,6 +144,7 @@ class MemoryStore:
 
     async def create(self) -> Session:
         """See `SessionStore.create`."""
+        self._quota.admit_session(sessions=len(self), total_bytes=self._held)
         session = Session(self._draw())
         self._hold(session)
         return session
@@ -147,18 +169,16 @@ class MemoryStore:
         if session is None:
             if len(session_id) > MAX_ID:
                 raise BadRequest(f"a session id has at most {MAX_ID} characters, got {len(session_id)}")
+            self._quota.admit_session(sessions=len(self), total_bytes=self._held)
             return Session(session_id, recovered=True)
+        self._quota.admit_turn(session, total_bytes=self._held)
         return session
 
     async def commit(
         self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None
     ) -> tuple[Turn, ...]:
         """See `SessionStore.commit`."""
-        session = self._target(session)
-        turns = tuple(session.commit(pending, answer, id=id, created=created) for answer in answers)
-        if self.find(session.id) is None:
-            self._hold(session)
-        return turns
+        return self._add(self._target(session), pending, answers, id, created)
 
     async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
@@ -181,7 +201,24 @@ class MemoryStore:
 
     def _hold(self, session: Session) -> None:
         self._sessions[session.id] = session
+        self._held += session.bytes
         self._used[session.id] = self._clock()
+
+    def _add(
+        self, session: Session, pending: Pending, answers: Sequence[Answer], id: str, created: float | None
+    ) -> tuple[Turn, ...]:
+        """Commit to memory, and hold the session if nobody does.
+
+        Raises:
+            SessionGone: it was deleted meanwhile.
+        """
+        before = session.bytes
+        turns = tuple(session.commit(pending, answer, id=id, created=created) for answer in answers)
+        if self.find(session.id) is None:
+            self._hold(session)
+        else:
+            self._held += session.bytes - before
+        return turns
 
     def _target(self, session: Session) -> Session:
         """Where to commit to: the session itself; for a new one of an unknown id, whichever was first to be held."""
@@ -191,7 +228,8 @@ class MemoryStore:
         return held or session
 
     def _forget(self, session_id: str, reason: str) -> None:
-        self._sessions.pop(session_id, None)
+        if (session := self._sessions.pop(session_id, None)) is not None:
+            self._held -= session.bytes
         self._used.pop(session_id, None)
         self._gone.setdefault(session_id[:MAX_ID], reason)
         while len(self._gone) > self._remembered:
@@ -211,7 +249,7 @@ class JournalStore(MemoryStore):
 
     Args:
         journal: opened; closed by `close`.
-        remembered, share, clock: as `MemoryStore`.
+        remembered, share, quota, clock: as `MemoryStore`.
     """
 
     def __init__(
@@ -220,9 +258,10 @@ class JournalStore(MemoryStore):
         *,
         remembered: int = 1_000_000,
         share: Share = WHOLE,
+        quota: Quota = UNBOUNDED,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(remembered=remembered, share=share, clock=clock)
+        super().__init__(remembered=remembered, share=share, quota=quota, clock=clock)
         self._journal = journal
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._begun: set[asyncio.Task[Any]] = set()
@@ -232,6 +271,7 @@ class JournalStore(MemoryStore):
 
     async def create(self) -> Session:
         """See `SessionStore.create`."""
+        self._quota.admit_session(sessions=len(self), total_bytes=self._held)
         session = Session(self._draw())
         await self._journal.start(session)
         self._hold(session)
@@ -275,9 +315,7 @@ class JournalStore(MemoryStore):
             if known := session.completion(id):
                 return known
             await self._journal.append(session, pending, *answers, id=id, created=created)
-            turns = tuple(session.commit(pending, answer, id=id, created=created) for answer in answers)
-            if self.find(session.id) is None:  # raises if it was deleted meanwhile
-                self._hold(session)
+            turns = self._add(session, pending, answers, id, created)
         self._target(session)
         return turns
 
@@ -292,7 +330,8 @@ class JournalStore(MemoryStore):
         except BaseException:
             self._gone.pop(session_id[:MAX_ID], None)
             if session is not None:
-                self._sessions[session_id], self._used[session_id] = session, used
+                self._hold(session)
+                self._used[session_id] = used
             raise
 
     async def _whole(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -308,27 +347,28 @@ class JournalStore(MemoryStore):
             log.debug("a session's change was not kept", exc_info=task.exception())
 
 
-def open_store(where: str, *, share: Share = WHOLE, subject: str = "") -> SessionStore:
+def open_store(where: str, *, share: Share = WHOLE, subject: str = "", quota: Quota = UNBOUNDED) -> SessionStore:
     """The store of a `--store` value.
 
     Args:
         where: "memory", or "sqlite:PATH".
         share: this process's part of all sessions; each process has a file of its own, PATH, PATH.1, PATH.2 and so on.
         subject: what the tokens and rows in the journal mean; a journal of another subject is refused.
+        quota: how much all processes together may hold.
 
     Raises:
         StartupError: the journal cannot be used.
         ValueError: no such store.
     """
     if where == "memory":
-        return MemoryStore(share=share)
+        return MemoryStore(share=share, quota=quota.of(share))
     path = check_store(where)
     assert path is not None
     if share.index:
         path = path.with_name(f"{path.name}.{share.index}")
     journal = Journal(path, subject=subject, share=share)
     try:
-        return JournalStore(journal, share=share)
+        return JournalStore(journal, share=share, quota=quota.of(share))
     except StartupError:
         journal.close()
         raise

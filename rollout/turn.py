@@ -7,10 +7,11 @@ generated), G tokens it generates, R routing rows it brings, L MoE layers, K exp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from pacenote.replay.record import RoutingRecord
@@ -46,6 +47,7 @@ class Prompt:
         path: digest of all the request's messages (`messages.chain`).
         render: proof for the next turn.
         note: why a root was rendered although the session knew the history; else None.
+        length: tokens of the whole prompt.
     """
 
     parent: Turn | None
@@ -56,11 +58,12 @@ class Prompt:
     path: bytes
     render: Render
     note: str | None = None
+    length: int = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the whole prompt."""
-        return (self.parent.length - self.drop if self.parent else 0) + len(self.ids)
+    def __post_init__(self) -> None:
+        # Kept, not followed up the line: a session may have thousands of turns.
+        before = self.parent.length - self.drop if self.parent else 0
+        object.__setattr__(self, "length", before + len(self.ids))
 
     @property
     def rows_held(self) -> int:
@@ -142,6 +145,14 @@ class Turn:
     def length(self) -> int:
         """Tokens of the whole history, this turn's answer included."""
         return self.prompt.length + len(self.answer.ids)
+
+    def bytes(self) -> int:
+        """What it takes: its arrays, and its messages as JSON."""
+        arrays: list[NDArray[Any]] = [self.prompt.ids, self.answer.ids, self.answer.logprobs, self.answer.versions]
+        if (rows := self.answer.rows) is not None:
+            arrays += [rows.experts, rows.provenance, rows.version]
+        texts = [message.raw for message in (*self.prompt.appended, self.answer.message)]
+        return sum(array.nbytes for array in arrays) + len(orjson.dumps(texts))
 
     def line(self) -> list[Turn]:
         """The turns from the root to this one."""
