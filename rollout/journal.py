@@ -3,17 +3,12 @@
 Writes that wait together share one transaction, so a turn costs a fraction of a disk flush. `synchronous=FULL`: a
 committed turn survives a loss of power, not only of the process. Turns are never changed; a session that ends loses
 its turns and leaves its id.
-
-    session(id, created, recovered, ended, reason)    reason is null while it lives, else "deleted" or "expired"
-    turn(session, number, head, arrays)               see `journal_entry`
-    meta(name, value)                                 subject, share
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import queue
 import sqlite3
@@ -21,28 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from pacenote.rollout.errors import SessionError, StartupError, StoreError, StoreFull
-from pacenote.rollout.journal_entry import pack_turn, unpack_turn
+from pacenote.rollout.journal_entry import pack_turn
+from pacenote.rollout.journal_file import connect, hold, living, prepare, read_turns
 from pacenote.rollout.session import Pending, Session
 from pacenote.rollout.share import WHOLE, Share
 from pacenote.rollout.turn import Answer
 
-DELETED, EXPIRED = "deleted", "expired"
-APPLICATION = 0x50434E54  # "PCNT", in the file's header
-FORMAT = 1
 BATCH = 256  # writes in one transaction
 Write = Callable[[sqlite3.Connection], object]
-_TABLES = (
-    "CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE session(id TEXT PRIMARY KEY, created REAL NOT NULL, recovered INTEGER NOT NULL, ended REAL, "
-    "reason TEXT) WITHOUT ROWID",
-    "CREATE TABLE turn(session TEXT NOT NULL, number INTEGER NOT NULL, head TEXT NOT NULL, arrays BLOB NOT NULL, "
-    "UNIQUE(session, number))",
-)
 
 
 class Journal:
@@ -59,10 +44,10 @@ class Journal:
 
     def __init__(self, path: Path, *, subject: str = "", share: Share = WHOLE) -> None:
         self.path = path
-        self._lock = _hold(path)
+        self._lock = hold(path)
         try:
-            self._db = _connect(path)
-            _prepare(self._db, path, {"subject": subject, "share": f"{share.index} of {share.count}"})
+            self._db = connect(path)
+            prepare(self._db, path, {"subject": subject, "share": f"{share.index} of {share.count}"})
         except sqlite3.Error as error:
             os.close(self._lock)
             raise StartupError(f"cannot use {path} as a journal: {error}") from error
@@ -88,13 +73,10 @@ class Journal:
         Raises:
             StartupError: a turn that cannot be read.
         """
-        found: list[tuple[str, float, int]] = []
-        order = "SELECT id, created, recovered FROM session WHERE reason IS NULL ORDER BY created, id"
-        self._now(lambda db: found.extend(db.execute(order)))
-        for id, created, recovered in found:
-            session = Session(id, recovered=bool(recovered))
-            session.created = created
-            self._now(lambda db, session=session: _read(db, session))  # type: ignore[misc]
+        found: list[Session] = []
+        self._now(lambda db: found.extend(living(db)))
+        for session in found:
+            self._now(partial(read_turns, session=session))
             yield session
 
     async def start(self, session: Session) -> None:
@@ -211,76 +193,9 @@ class Journal:
                 future.set_result(None)
 
 
-def _hold(path: Path) -> int:
-    """An open, locked descriptor of a file beside it: closing one of SQLite's own would drop SQLite's locks."""
-    lock = path.with_name(f"{path.name}.lock")
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartupError(f"cannot make {lock}: {error.strerror}; choose another --store") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StartupError(f"{path} is in use by another session server: stop it, or choose another --store") from error
-    return descriptor
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    with contextlib.suppress(OSError):  # SQLite says better what is wrong
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
-
-
-def _prepare(db: sqlite3.Connection, path: Path, meta: dict[str, str]) -> None:
-    """Make the tables of a new file, or check those of an old one."""
-    [[application]] = db.execute("PRAGMA application_id")
-    [[tables]] = db.execute("SELECT count(*) FROM sqlite_schema")
-    if tables and application != APPLICATION:
-        raise StartupError(f"{path} is a SQLite file of something else: choose another --store")
-    [[mode]] = db.execute("PRAGMA journal_mode = WAL")
-    if mode != "wal":
-        raise StartupError(f"{path} cannot have a write-ahead log here (journal mode {mode}): choose a local disk")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
-    if not tables:
-        db.execute("BEGIN")
-        for statement in (*_TABLES, f"PRAGMA application_id = {APPLICATION}", f"PRAGMA user_version = {FORMAT}"):
-            db.execute(statement)
-        db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-        db.execute("COMMIT")
-    [[version]] = db.execute("PRAGMA user_version")
-    if version != FORMAT:
-        raise StartupError(f"{path} is a journal of format {version}, and this version reads format {FORMAT}")
-    found = dict(db.execute("SELECT name, value FROM meta"))
-    if found.get("share") != meta["share"]:
-        raise StartupError(
-            f"{path} belongs to process {found.get('share')}, not {meta['share']}: keep --workers, or choose another "
-            "--store"
-        )
-    if found.get("subject") != meta["subject"]:
-        raise StartupError(
-            f"{path} was written with another tokenizer, routing or --match: expected {found.get('subject')}, got "
-            f"{meta['subject']}; choose another --store"
-        )
-
-
 def _start(db: sqlite3.Connection, session: Session) -> None:
     values = (session.id, session.created, int(session.recovered))
     db.execute("INSERT OR IGNORE INTO session VALUES (?, ?, ?, NULL, NULL)", values)
-
-
-def _read(db: sqlite3.Connection, session: Session) -> None:
-    """Commit a session's turns again."""
-    rows = db.execute("SELECT number, head, arrays FROM turn WHERE session = ? ORDER BY number", (session.id,))
-    for number, head, arrays in rows:
-        try:
-            pending, answer, id, created = unpack_turn(head, arrays, session.turns)
-            if number != len(session.turns):
-                raise ValueError(f"expected number {len(session.turns)}")
-        except (KeyError, IndexError, TypeError, ValueError, SessionError, SafetensorError) as error:
-            raise StartupError(f"turn {number} of session {session.id} cannot be read: {error!r}") from error
-        session.commit(pending, answer, id=id, created=created)
 
 
 def _store_error(error: sqlite3.Error) -> StoreError:

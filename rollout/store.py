@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pacenote.rollout.errors import BadRequest, Misdirected, SessionExpired, SessionGone, StartupError
-from pacenote.rollout.journal import DELETED, EXPIRED, Journal
+from pacenote.rollout.journal import Journal
+from pacenote.rollout.journal_file import DELETED, EXPIRED
 from pacenote.rollout.quota import UNBOUNDED, Quota
 from pacenote.rollout.session import Pending, Session
 from pacenote.rollout.share import WHOLE, Share

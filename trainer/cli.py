@@ -14,6 +14,7 @@ usage: pacenote <command> ...
   report RUN_DIR          write RUN_DIR/report.html again
   engine [flags]          start SGLang engines (or embedded ones), here or on Ray, and register them
   serve [flags]           the session server: OpenAI chat in, exact tokens, logprobs and routes kept
+  sessions COMMAND STORE  list, show, export, check, back up and compact a session server's journal
   workers COMMAND [flags] add, list, remove and watch the workers of a router
   verify-template [flags] does a model's chat template only append? tried on a CPU over all orders of roles
   doctor MODEL [flags]    which layers of a model route, and whether replay is exact; a folder or its config.json
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "report": _report,
         "serve": _serve,
+        "sessions": _sessions,
         "workers": _workers,
         "verify-template": _verify,
         "doctor": _doctor,
@@ -116,6 +118,12 @@ def _verify(words: list[str]) -> int:
     from pacenote.rollout.verify import verify_command
 
     return verify_command(words)
+
+
+def _sessions(words: list[str]) -> int:
+    from pacenote.rollout.sessions_cli import sessions_command
+
+    return sessions_command(words)
 
 
 def _workers(words: list[str]) -> int:

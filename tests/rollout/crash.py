@@ -36,8 +36,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pacenote.rollout.chat
-from pacenote.rollout import completion, journal, journal_entry, linear, session, store, turn
+from pacenote.rollout import chat, completion, journal, journal_entry, journal_file, linear, session, store, turn
 from pacenote.rollout.chat import Chats
 from pacenote.rollout.errors import SessionGone
 from pacenote.rollout.journal import Journal
@@ -51,7 +50,17 @@ from tests.rollout.conftest import GEOMETRY, sglang_answer
 
 WATCHED = frozenset(
     str(module.__file__)
-    for module in (pacenote.rollout.chat, completion, journal, journal_entry, linear, session, store, turn)
+    for module in (
+        chat,
+        completion,
+        journal,
+        journal_entry,
+        journal_file,
+        linear,
+        session,
+        store,
+        turn,
+    )
 )
 """Where a kill may fall, by line or instruction."""
 STEPS = ("create", "first", "second", "again", "choices", "other", "third", "delete", "fourth")
@@ -180,14 +189,14 @@ def states(template: Template, path: Path) -> list[State]:
 def traced(strike: Callable[[], None], by: str) -> Iterator[None]:
     """Call `strike` before every line or instruction of WATCHED, or of SQLite's machine, in any new thread."""
     if by == "sqlite":
-        connect = journal._connect
+        connect = journal_file.connect
 
         def watched(path: Path) -> sqlite3.Connection:
             db = connect(path)
             db.set_progress_handler(strike, 1)
             return db
 
-        journal._connect = watched
+        journal.connect = watched  # type: ignore[attr-defined]
         yield
         return
 
