@@ -46,7 +46,7 @@ def sessions_command(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pacenote sessions",
-        description="Look into a session server's journal, check it, copy it. But for compact the server may be running.",
+        description="Look into a session server's journal, check it, copy it; the server may run, but for compact.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
