@@ -135,8 +135,8 @@ class Front:
         answered(seen, content=self._config.log_content)
 
     async def create(self, request: Request) -> Response:
-        """POST /sessions."""
-        session = await self.store.create()
+        """POST /sessions, and PUT /sessions/{id} for an id of the client's."""
+        session = await self.store.create(request.path_params.get("session_id"))
         return _json({"session_id": session.id} | ({"api_key": self.keys.issue(session.id)} if self.keys else {}))
 
     async def show(self, request: Request) -> Response:

@@ -191,6 +191,7 @@ def create_app(
         Route("/health", front.health, methods=["GET"]),
         Route("/metrics", front.show_metrics, methods=["GET"]),
         Route("/sessions", front.create, methods=["POST"]),
+        Route("/sessions/{session_id}", front.create, methods=["PUT"]),
         Route("/sessions/{session_id}", front.show, methods=["GET"]),
         Route("/sessions/{session_id}", front.delete, methods=["DELETE"]),
         Route("/sessions/{session_id}/samples", front.samples, methods=["POST"]),

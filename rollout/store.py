@@ -30,12 +30,13 @@ class SessionStore(Protocol):
     What is awaited is kept for good once it returns. What raises has changed nothing.
     """
 
-    async def create(self) -> Session:
-        """A new session under a new id.
+    async def create(self, session_id: str | None = None) -> Session:
+        """A new session, under a new id or the one given; the session of that id, if there is one.
 
         Raises:
             StoreError: it cannot be kept.
             QuotaExceeded: as much is held as may be.
+            SessionGone, Misdirected, BadRequest: as `open`.
         """
         ...
 
@@ -143,11 +144,11 @@ class MemoryStore:
         """See `SessionStore.bytes`."""
         return None
 
-    async def create(self) -> Session:
+    async def create(self, session_id: str | None = None) -> Session:
         """See `SessionStore.create`."""
-        self._quota.admit_session(sessions=len(self), total_bytes=self._held)
-        session = Session(self._draw())
-        self._hold(session)
+        session = self._named(session_id)
+        if self.find(session.id) is None:
+            self._hold(session)
         return session
 
     def find(self, session_id: str) -> Session | None:
@@ -168,10 +169,7 @@ class MemoryStore:
         """See `SessionStore.open`."""
         session = self.find(session_id)
         if session is None:
-            if len(session_id) > MAX_ID:
-                raise BadRequest(f"a session id has at most {MAX_ID} characters, got {len(session_id)}")
-            self._quota.admit_session(sessions=len(self), total_bytes=self._held)
-            return Session(session_id, recovered=True)
+            return self._admitted(session_id, recovered=True)
         self._quota.admit_turn(session, total_bytes=self._held)
         return session
 
@@ -194,6 +192,18 @@ class MemoryStore:
 
     async def close(self) -> None:
         """See `SessionStore.close`."""
+
+    def _named(self, session_id: str | None) -> Session:
+        """The session of an id, or one that is not held yet; None draws an id."""
+        known = None if session_id is None else self.find(session_id)
+        return known or self._admitted(self._draw() if session_id is None else session_id)
+
+    def _admitted(self, session_id: str, *, recovered: bool = False) -> Session:
+        """A new session, if there is room for it."""
+        if len(session_id) > MAX_ID:
+            raise BadRequest(f"a session id has at most {MAX_ID} characters, got {len(session_id)}")
+        self._quota.admit_session(sessions=len(self), total_bytes=self._held)
+        return Session(session_id, recovered=recovered)
 
     def _draw(self) -> str:
         while not self._share.holds(session_id := uuid.uuid4().hex):
@@ -270,13 +280,16 @@ class JournalStore(MemoryStore):
         for session in journal.sessions():
             self._hold(session)
 
-    async def create(self) -> Session:
+    async def create(self, session_id: str | None = None) -> Session:
         """See `SessionStore.create`."""
-        self._quota.admit_session(sessions=len(self), total_bytes=self._held)
-        session = Session(self._draw())
+        session = self._named(session_id)
+        if self.find(session.id) is session:
+            return session
         await self._journal.start(session)
-        self._hold(session)
-        return session
+        held = self.find(session.id)  # another may have come first; raises if it has been deleted since
+        if held is None:
+            self._hold(session)
+        return held or session
 
     async def commit(
         self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None

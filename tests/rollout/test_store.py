@@ -122,6 +122,36 @@ def test_an_id_that_never_was_can_be_deleted_and_is_gone_then(store: MemoryStore
         store.open("mine")
 
 
+def test_a_session_under_an_id_of_ones_own_is_made_once(store: MemoryStore, turn: Turn) -> None:
+    async def play() -> None:
+        one, two = await asyncio.gather(store.create("mine"), store.create("mine"))
+        assert one is two is store.find("mine")
+        assert not one.recovered
+        [kept] = await store.commit(one, one.begin(turn.prompt), turn.answer, id="c")
+        assert (await store.create("mine")).turns == (kept,)
+        assert len(store) == 1
+        await store.delete("mine")
+        with pytest.raises(SessionGone):
+            await store.create("mine")
+        with pytest.raises(BadRequest):
+            await store.create("x" * (MAX_ID + 1))
+
+    asyncio.run(play())
+
+
+def test_a_chat_that_comes_while_its_session_is_made_is_not_lost(store: MemoryStore, turn: Turn) -> None:
+    async def play() -> None:
+        new = store.open("mine")
+        await asyncio.gather(
+            store.create("mine"), store.commit(new, new.begin(turn.prompt), turn.answer, id="c"), store.create("mine")
+        )
+        held = store.find("mine")
+        assert held is not None
+        assert [kept.id for kept in held.turns] == ["c"]
+
+    asyncio.run(play())
+
+
 def test_ids_have_a_length(store: MemoryStore) -> None:
     assert len(store.open("x" * MAX_ID).id) == MAX_ID
     with pytest.raises(BadRequest, match="at most 256 characters, got 257"):
