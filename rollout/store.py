@@ -283,13 +283,13 @@ class JournalStore(MemoryStore):
     async def create(self, session_id: str | None = None) -> Session:
         """See `SessionStore.create`."""
         session = self._named(session_id)
-        if self.find(session.id) is session:
-            return session
-        await self._journal.start(session)
-        held = self.find(session.id)  # another may have come first; raises if it has been deleted since
-        if held is None:
+        async with self._lock(session.id):
+            if held := self.find(session.id):
+                return held
+            await self._journal.start(session)
+            self.find(session.id)  # raises if it has been deleted meanwhile
             self._hold(session)
-        return held or session
+        return session
 
     async def commit(
         self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None
@@ -323,8 +323,7 @@ class JournalStore(MemoryStore):
     async def _commit(
         self, session: Session, pending: Pending, answers: Sequence[Answer], id: str, created: float
     ) -> tuple[Turn, ...]:
-        lock = self._locks.setdefault(session.id, asyncio.Lock())
-        async with lock:
+        async with self._lock(session.id):
             session = self._target(session)
             if known := session.completion(id):
                 return known
@@ -332,6 +331,10 @@ class JournalStore(MemoryStore):
             turns = self._add(session, pending, answers, id, created)
         self._target(session)
         return turns
+
+    def _lock(self, session_id: str) -> asyncio.Lock:
+        """Held while a session is made or added to: one after the other, in the journal as in memory."""
+        return self._locks.setdefault(session_id, asyncio.Lock())
 
     async def _end(self, session_id: str, reason: str) -> None:
         """Refuse the id at once; take that back if it cannot be kept."""

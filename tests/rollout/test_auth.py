@@ -60,6 +60,7 @@ def refused(answer: httpx.Response, status: int, code: str) -> str:
 ALL = [
     ("POST", "/sessions"),
     ("GET", "{}"),
+    ("PUT", "{}"),
     ("DELETE", "{}"),
     ("POST", "{}/samples"),
     ("POST", "{}/v1/chat/completions"),
@@ -104,6 +105,7 @@ def test_what_an_agent_reaches_with_its_key(http: httpx.Client, guarded: Served)
         text = refused(http.request(method, path, headers=bearer(key)), 403, "permission_denied")
         assert "needs an admin token" in text
     refused(http.post("/sessions", headers=bearer(key)), 401, "invalid_api_key")
+    refused(http.put(session, headers=bearer(key)), 403, "permission_denied")
     assert len(http.get(session, headers=bearer(ADMIN)).json()["records"]) == 1
 
 
