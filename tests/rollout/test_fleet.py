@@ -77,7 +77,8 @@ def start(model: Path, engine: ScriptedEngine, folder: Path, place: int) -> Serv
 def test_four_servers_one_of_which_dies(tiny_dir: Path, engine: ScriptedEngine, tmp_path: Path) -> None:
     with ExitStack() as stack, httpx.Client(timeout=WAIT, trust_env=False) as http:
         servers = [start(tiny_dir, engine, tmp_path, place) for place in range(COUNT)]
-        stack.callback(lambda: [server.stop() for server in servers])
+        for server in servers:
+            stack.callback(server.stop)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(up, servers))
         url = stack.enter_context(nginx([int(server.url.rpartition(":")[2]) for server in servers], tmp_path))
