@@ -12,13 +12,13 @@ vllm/model_executor/layers/fused_moe/routed_experts_capturer.py; vllm-project/vl
 from __future__ import annotations
 
 import ast
-import base64
 import binascii
 import io
 import re
 from typing import Any
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 
 from pacenote.replay.errors import PayloadError, RecordError
@@ -32,7 +32,7 @@ _WIDEST = 8
 
 
 def decode_vllm(
-    payload: str,
+    payload: str | bytes,
     geometry: RoutingGeometry,
     *,
     rows: int,
@@ -42,7 +42,7 @@ def decode_vllm(
     """The rows of one vLLM choice (`choices[i].routed_experts`).
 
     Args:
-        payload: base64 text.
+        payload: base64 text, as text or as the bytes that came.
         geometry: the served model's; MoE layers are taken by global id, whatever stands at dense layers is dropped.
         rows: rows that the answer must hold: prompt + output tokens - 1 - routed_experts_prompt_start.
         provenance: one code for all R rows, or [R].
@@ -69,11 +69,11 @@ def encode_vllm(record: RoutingRecord, geometry: RoutingGeometry) -> str:
     """
     file = io.BytesIO()
     np.save(file, all_layers(record, geometry, expert_dtype(geometry.num_experts)), allow_pickle=False)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return pybase64.b64encode_as_string(file.getvalue())
 
 
 def _bytes(payload: Any, geometry: RoutingGeometry, rows: int) -> bytes:
-    if not isinstance(payload, str):
+    if not isinstance(payload, str | bytes):
         raise PayloadError(f"expected routed experts as base64 text of a numpy array, got {type(payload).__name__}")
     most = base64_length(_MOST_HEADER + rows * geometry.num_layers * geometry.top_k * _WIDEST)
     if len(payload) > most:
@@ -82,7 +82,7 @@ def _bytes(payload: Any, geometry: RoutingGeometry, rows: int) -> bytes:
             f"experts, got {len(payload)}: too large, or of another model"
         )
     try:
-        return base64.b64decode(payload, validate=True)
+        return pybase64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
         raise PayloadError(
             f"expected routed experts as base64 of a numpy array, got text that is not: {error}"

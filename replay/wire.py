@@ -6,11 +6,11 @@ the input tokens from `routed_experts_start_len` on, the layer axis counts *all*
 
 from __future__ import annotations
 
-import base64
 import binascii
 from typing import Any
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 
 from pacenote.replay.errors import PayloadError, RecordError
@@ -21,7 +21,7 @@ _WIRE = np.dtype("<i4")
 
 
 def decode_sglang(
-    payload: str,
+    payload: str | bytes,
     geometry: RoutingGeometry,
     *,
     rows: int,
@@ -31,7 +31,7 @@ def decode_sglang(
     """The rows of one SGLang answer (`meta_info.routed_experts`).
 
     Args:
-        payload: base64 text.
+        payload: base64 text, as text or as the bytes that came.
         geometry: the served model's; MoE layers are taken by global id, whatever stands at dense layers is dropped.
         rows: rows that the answer must hold: prompt + output tokens - 1 - routed_experts_start_len.
         provenance: one code for all R rows, or [R].
@@ -56,7 +56,7 @@ def encode_sglang(record: RoutingRecord, geometry: RoutingGeometry) -> str:
     Raises:
         PayloadError: the record is of another model than the geometry.
     """
-    return base64.b64encode(all_layers(record, geometry, _WIRE).tobytes()).decode("ascii")
+    return pybase64.b64encode_as_string(all_layers(record, geometry, _WIRE).tobytes())
 
 
 def all_layers(record: RoutingRecord, geometry: RoutingGeometry, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -89,9 +89,9 @@ def base64_length(count: int) -> int:
     return (count + 2) // 3 * 4
 
 
-def _int32(payload: str, geometry: RoutingGeometry, rows: int) -> NDArray[np.int32]:
+def _int32(payload: str | bytes, geometry: RoutingGeometry, rows: int) -> NDArray[np.int32]:
     """Ids [rows, num_layers, K] int32, as sent."""
-    if not isinstance(payload, str):
+    if not isinstance(payload, str | bytes):
         raise PayloadError(f"expected routed experts as base64 text, got {type(payload).__name__}")
     row_bytes = geometry.num_layers * geometry.top_k * _WIRE.itemsize
     shape = f"{rows} rows x {geometry.num_layers} layers x {geometry.top_k} experts of int32"
@@ -101,7 +101,7 @@ def _int32(payload: str, geometry: RoutingGeometry, rows: int) -> NDArray[np.int
             f"{_hint(len(payload), geometry)}"
         )
     try:
-        raw = base64.b64decode(payload, validate=True)
+        raw = pybase64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
         raise PayloadError(f"expected routed experts as base64 of {shape}, got text that is not: {error}") from error
     if len(raw) != rows * row_bytes:

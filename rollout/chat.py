@@ -157,7 +157,7 @@ class Chats:
         if choice and type(body.get("seed")) is int:
             body["seed"] = (body["seed"] + choice) % 2**63
         try:
-            return orjson.dumps(body)
+            return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         except orjson.JSONEncodeError as error:  # JSON that can be read, but is nested too deeply to be written
             raise BadRequest(f"the request cannot be passed on to the engine: {error}") from error
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from pacenote.rollout.errors import UpstreamError
 from pacenote.rollout.sglang import Reply
@@ -27,7 +29,7 @@ class Completion:
 
     @classmethod
     def of(
-        cls, replies: Sequence[Reply], *, id: str, created: float, model: str, prompt_ids: Sequence[int]
+        cls, replies: Sequence[Reply], *, id: str, created: float, model: str, prompt_ids: NDArray[np.int32]
     ) -> Completion:
         """The completion of one request.
 
@@ -36,7 +38,7 @@ class Completion:
             id: the completion's.
             created: seconds since the epoch.
             model: name to answer with.
-            prompt_ids: ids of the whole prompt.
+            prompt_ids: [P] ids of the whole prompt.
 
         Raises:
             UpstreamError: an engine's message or logprobs that cannot be written as JSON.
@@ -52,7 +54,7 @@ class Completion:
             "prompt_token_ids": prompt_ids,  # where clients of vLLM look; SGLang has them in the choice
         }
         try:
-            return cls(data=orjson.dumps(body))
+            return cls(data=orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
         except orjson.JSONEncodeError as error:
             raise UpstreamError(f"the engine's answer cannot be passed on: {error}") from error
 
@@ -72,7 +74,7 @@ class Completion:
         return [*events, b"data: [DONE]\n\n"]
 
 
-def _choice(reply: Reply, index: int, prompt_ids: Sequence[int]) -> dict[str, Any]:
+def _choice(reply: Reply, index: int, prompt_ids: NDArray[np.int32]) -> dict[str, Any]:
     raw = reply.answer.message.raw
     # Without the key, litellm takes a leading <think> block out of the content.
     message: dict[str, Any] = {"role": "assistant", "content": raw.get("content"), "reasoning_content": None, **raw}
@@ -83,7 +85,7 @@ def _choice(reply: Reply, index: int, prompt_ids: Sequence[int]) -> dict[str, An
         "message": message,
         "finish_reason": reply.finish_reason,
         "logprobs": reply.logprobs,
-        "token_ids": reply.answer.ids.tolist(),
+        "token_ids": reply.answer.ids,
         "prompt_token_ids": prompt_ids,
     }
 

@@ -122,7 +122,7 @@ class Stage:
             order: for the note.
         """
         ids = self._template.encode(text)[0]
-        equal = prompt.token_ids() == ids
+        equal: bool = prompt.token_ids().tolist() == ids
         tail = ids[len(ids) - len(prompt.ids) :]
         if self._special_boundary(prompt) and (tail != prompt.ids.tolist() or (exact and not equal)):
             self.proof.wrong.append(f"{_name(order)}: {text[-200:]!r}")

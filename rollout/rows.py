@@ -19,7 +19,7 @@ from pacenote.replay.vllm import decode_vllm
 from pacenote.replay.wire import decode_sglang
 from pacenote.rollout.turn import Prompt
 
-_NUMPY = "k05VTVBZ"  # base64 of the six bytes that every numpy file starts with
+_NUMPY = b"k05VTVBZ"  # base64 of the six bytes that every numpy file starts with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Rows:
 
 
 def read_rows(
-    payload: str,
+    payload: str | bytes,
     prompt: Prompt,
     geometry: RoutingGeometry,
     *,
@@ -52,7 +52,7 @@ def read_rows(
     """The rows of one answer.
 
     Args:
-        payload: base64 text: SGLang's int32, or vLLM's numpy file.
+        payload: base64 text, as text or bytes: SGLang's int32, or vLLM's numpy file.
         prompt: what was asked.
         geometry: the model's.
         versions: [G] int32, weight version of each generated token.
@@ -78,7 +78,7 @@ def read_rows(
 
 
 def _decode(
-    payload: str,
+    payload: str | bytes,
     prompt: Prompt,
     geometry: RoutingGeometry,
     versions: NDArray[np.int32],
@@ -94,7 +94,8 @@ def _decode(
     writers = np.concatenate([np.repeat(versions[:1], prompt.length), versions[1:]])
     writers[:recomputed] = versions[-1]
     provenance[places < recomputed] = RECOMPUTED
-    decode = decode_vllm if isinstance(payload, str) and payload.startswith(_NUMPY) else decode_sglang
+    head = payload[: len(_NUMPY)] if isinstance(payload, str | bytes) else None
+    decode = decode_vllm if head in (_NUMPY, _NUMPY.decode()) else decode_sglang
     record = decode(payload, geometry, rows=len(places), provenance=provenance, version=writers[places])
     _check_there(record, start, prompt.length)
     return record
@@ -104,7 +105,7 @@ def _check_there(record: RoutingRecord, start: int, prompt_length: int) -> None:
     """A token's experts are distinct, so what is zero in every layer was never written."""
     if record.top_k < 2:
         return
-    lost = np.flatnonzero(~record.experts.any(axis=(1, 2))) + start
+    lost = np.flatnonzero(~record.experts.reshape(record.rows, -1).any(axis=1)) + start
     if len(lost):
         side = "prompt" if lost[0] < prompt_length else "answer"
         raise PayloadError(

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pacenote.rollout.messages import Message, chain
 from pacenote.rollout.trajectory import Trajectory, join
 from pacenote.rollout.turn import Answer, Prompt, Turn
@@ -206,8 +208,8 @@ class Session:
         if not turns:
             return []
         turn = turns[-1]
-        ids: list[int] = turn.answer.ids.tolist()
-        return turn.prompt.token_ids() + ids
+        ids: list[int] = np.concatenate([turn.prompt.token_ids(), turn.answer.ids]).tolist()
+        return ids
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON object a turn: what was appended, what was answered, and how; no logprobs, no routes."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -39,6 +39,8 @@ _OVERFLOW = re.compile(
 _ROLLBACK = re.compile(r"rollback[ _-]failed", re.IGNORECASE)
 # What clients look for, each in the text: litellm the sentence, LangChain the code. The engine's own words vary.
 _TOO_LONG = "(context_length_exceeded: this model's maximum context length is less than was asked for)"
+_ROWS = re.compile(rb'"routed_experts"\s*:\s*"')  # in a text its quotes would be escaped
+_CUT = "cut"  # stands for the rows' text
 _INT32 = 2**31
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -88,7 +90,7 @@ def chat_body(
 
 
 class Engine:
-    """A connection pool to one engine or gateway.
+    """Connections to one engine or gateway.
 
     Args:
         url: base URL.
@@ -97,13 +99,8 @@ class Engine:
 
     def __init__(self, url: str, *, timeout: float) -> None:
         self._url = f"{url}/v1/chat/completions"
-        # No idle connections: httpx looks through all of them at every request, which at a hundred chats costs more
-        # than connecting anew, and an engine may have closed one just now.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(
-            limits=limits, timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None), trust_env=False
-        )
         self._timeout = timeout
+        self._open: aiohttp.ClientSession | None = None
 
     async def chat(self, body: bytes) -> bytes:
         """Send a chat body; cancelling this closes the connection, which makes the engine abort.
@@ -116,18 +113,34 @@ class Engine:
             UpstreamTimeout: no answer in time.
         """
         try:
-            response = await self._client.post(self._url, content=body, headers=_headers())
-        except httpx.TimeoutException as error:
+            async with self._session().post(
+                self._url, data=body, headers=_headers(), allow_redirects=False
+            ) as response:
+                content: bytes = await response.read()
+        except TimeoutError as error:
             raise UpstreamTimeout(f"the engine at {self._url} did not answer within {self._timeout:g} s") from error
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(f"no answer from the engine at {self._url}: {error or type(error).__name__}") from error
-        if response.status_code != 200:
-            raise refusal(response.status_code, response.content)
-        return response.content
+        if response.status != 200:
+            raise refusal(response.status, content)
+        return content
 
     async def close(self) -> None:
-        """Close the pool."""
-        await self._client.aclose()
+        """Close them."""
+        if self._open is not None:
+            await self._open.close()
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Opened on the loop that uses it."""
+        if self._open is None:
+            self._open = aiohttp.ClientSession(
+                # No idle connections: an engine may have closed one just now.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(10.0, self._timeout)),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=1 << 20,
+            )
+        return self._open
 
 
 def _headers() -> dict[str, str]:
@@ -164,11 +177,10 @@ def read_reply(
         UpstreamError: not JSON, no choice, aborted, or tokens, logprobs and rows that do not fit each other.
         ContextOverflow, RollbackFailed: aborted for this reason.
     """
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise UpstreamError(f"expected JSON from the engine, got {raw[:80]!r}: {error}") from error
-    choice = _choice(body)
+    rest, cut = _without_rows(raw)
+    choice = _choice(_json(rest))
+    if cut is not None and _payload(choice) != _CUT:  # it was something else of this name
+        cut, choice = None, _choice(_json(raw))
     meta = choice.get("meta_info")
     if not isinstance(meta, dict):
         raise UpstreamError(
@@ -183,7 +195,7 @@ def read_reply(
     _check_counts(meta, prompt, len(ids))
     versions, name = _versions(meta, len(ids))
     message = choice["message"]
-    rows = None if geometry is None else _rows(choice, meta, prompt, versions, geometry, start)
+    rows = None if geometry is None else _rows(cut or _payload(choice), meta, prompt, versions, geometry, start)
     answer = Answer(
         message=parse_message(message, "the engine's message"),
         ids=ids,
@@ -199,6 +211,32 @@ def read_reply(
     )
     called = "tool_calls" if answer.message.raw.get("tool_calls") and kind == "stop" else kind
     return Reply(answer=answer, finish_reason=called, logprobs=choice.get("logprobs"))
+
+
+def _without_rows(raw: bytes) -> tuple[bytes, bytes | None]:
+    """An answer without the text of its rows, and that text: most of it all, and nothing to parse as JSON."""
+    found = _ROWS.search(raw)
+    if found is None:
+        return raw, None
+    end = raw.find(b'"', found.end())
+    payload = raw[found.end() : end]
+    if end < 0 or b"\\" in payload:
+        return raw, None
+    return raw[: found.end()] + _CUT.encode() + raw[end:], payload
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise UpstreamError(f"expected JSON from the engine, got {raw[:80]!r}: {error}") from error
+
+
+def _payload(choice: Mapping[str, Any]) -> Any:
+    """The rows as sent; None: there are none."""
+    meta = choice.get("meta_info")
+    payload = meta.get("routed_experts") if isinstance(meta, dict) else None
+    return choice.get("routed_experts") if payload is None else payload  # where vLLM has them
 
 
 def _aborted(kind: str | None, why: object) -> ContextOverflow | UpstreamError:
@@ -291,7 +329,7 @@ def _number(version: str) -> int:
 
 
 def _rows(
-    choice: Mapping[str, Any],
+    payload: Any,
     meta: Mapping[str, Any],
     prompt: Prompt,
     versions: NDArray[np.int32],
@@ -299,9 +337,6 @@ def _rows(
     start: int | None,
 ) -> Rows:
     """The rows from `prompt.rows_held` to the last but one token: P + G - 1 - held of them."""
-    payload = meta.get("routed_experts")
-    if payload is None:
-        payload = choice.get("routed_experts")  # where vLLM has them
     if payload is None:
         raise UpstreamError(
             "expected routed_experts from the engine, got none: start SGLang with --enable-return-routed-experts, or "

@@ -73,16 +73,15 @@ class Prompt:
         """
         return self.parent.length - 1 if self.parent else 0
 
-    def token_ids(self) -> list[int]:
-        """All ids of the prompt, root first."""
+    def token_ids(self) -> NDArray[np.int32]:
+        """All ids of the prompt [P] int32, root first."""
         parts: list[NDArray[np.int32]] = [self.ids]
         turn, drop = self.parent, self.drop
         while turn is not None:
             parts += [turn.answer.ids[: len(turn.answer.ids) - drop], turn.prompt.ids]
             prompt = turn.prompt
             turn, drop = prompt.parent, prompt.drop
-        ids: list[int] = np.concatenate(parts[::-1]).tolist()
-        return ids
+        return np.concatenate(parts[::-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

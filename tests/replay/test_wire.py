@@ -71,7 +71,8 @@ def test_ids_out_of_range_are_refused_before_narrowing(bad: int) -> None:
     ("text", "words"),
     [
         (None, "base64 text, got NoneType"),
-        (b"AAAA", "base64 text, got bytes"),
+        (7.5, "base64 text, got float"),
+        (b"AAAA", "got 4: truncated"),
         ([[1, 2]], "base64 text, got list"),
         ("", "3 rows x 5 layers x 2 experts"),
         ("AAAA", "got 4: truncated"),

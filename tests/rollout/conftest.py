@@ -229,7 +229,7 @@ class Player:
         turns, children = self.session.turns, {turn.parent.number for turn in self.session.turns if turn.parent}
         for turn in turns:
             body = self.sent[turn.number].body
-            assert body["input_ids"] == turn.prompt.token_ids()
+            assert body["input_ids"] == turn.prompt.token_ids().tolist()
             assert body["routed_experts_start_len"] == (len(self._full(turn.parent)) - 1 if turn.parent else 0)
             again = [
                 other

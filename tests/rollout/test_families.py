@@ -250,8 +250,8 @@ def test_history_grows_or_a_root_says_why_not(name: str, family: str) -> None:
         if rewritten:
             assert (ids, prompt.drop) == (whole_ids, 0)
             return
-        held = parent.prompt.token_ids() + parent.answer.ids.tolist()
-        assert prompt.token_ids() == held[: len(held) - prompt.drop] + ids
+        held = parent.prompt.token_ids().tolist() + parent.answer.ids.tolist()
+        assert prompt.token_ids().tolist() == held[: len(held) - prompt.drop] + ids
         assert whole_ids[len(whole_ids) - len(ids) :] == ids
         # A stop token stays if it is what the text has at that place, and else gives way; others are not touched.
         end = int(parent.answer.ids[-1])

@@ -124,7 +124,7 @@ def test_any_conversation(new_player: Callable[..., Player], actions: list[dict[
             agent.act(action)
         player.check()
         last = player.turn
-        assert player.session.accumulated_token_ids() == last.prompt.token_ids() + last.answer.ids.tolist()
+        assert player.session.accumulated_token_ids() == [*last.prompt.token_ids(), *last.answer.ids]
         records = player.session.records()
         assert [record["index"] for record in records] == list(range(len(actions)))
         for record, turn in zip(records, player.session.turns, strict=True):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 import pytest
 
 from pacenote.replay.record import CACHED, DECODE, PREFILL, RECOMPUTED
@@ -37,15 +38,23 @@ def prompt(player: Player) -> Prompt:
     return player.turn.prompt
 
 
+def sent(prompt: Prompt, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """A chat body as it goes over the wire."""
+    body: dict[str, Any] = orjson.loads(
+        orjson.dumps(chat_body(prompt, request, **options), option=orjson.OPT_SERIALIZE_NUMPY)
+    )
+    return body
+
+
 @pytest.fixture
 def body(prompt: Prompt) -> dict[str, Any]:
     """What is asked for it."""
-    return chat_body(prompt, {}, model="m", routing=True)
+    return sent(prompt, {}, model="m", routing=True)
 
 
 def test_what_is_forced_and_what_passes(prompt: Prompt) -> None:
     wanted = {name: f"client's {name}" for name in CLIENT_FIELDS}
-    body = chat_body(prompt, OURS | wanted, model="served", routing=True)
+    body = sent(prompt, OURS | wanted, model="served", routing=True)
     assert body == wanted | {
         "model": "served",
         "messages": [
@@ -53,7 +62,7 @@ def test_what_is_forced_and_what_passes(prompt: Prompt) -> None:
             {"role": "assistant", "content": "ok"},
             {"role": "user", "content": "b"},
         ],
-        "input_ids": prompt.token_ids(),
+        "input_ids": prompt.token_ids().tolist(),
         "stream": False,
         "logprobs": True,
         "return_meta_info": True,
@@ -61,7 +70,7 @@ def test_what_is_forced_and_what_passes(prompt: Prompt) -> None:
         "return_routed_experts": True,
         "routed_experts_start_len": prompt.rows_held,
     }
-    bare = chat_body(prompt, OURS | dict.fromkeys(CLIENT_FIELDS), model="served", routing=False)
+    bare = sent(prompt, OURS | dict.fromkeys(CLIENT_FIELDS), model="served", routing=False)
     assert set(bare) == set(body) - set(CLIENT_FIELDS) - {"routed_experts_start_len"}
     assert bare["return_routed_experts"] is False
 
