@@ -2,8 +2,8 @@
 
     python -m benchmarks.scripted_engine --port 30000
 
-A prompt has as many tokens as `input_ids`, an answer always `Script.generated`. What is generated at place p of a session
-is a function of p alone: ids, logprobs and rows; so whoever knows how long a prompt is knows what has to be recorded.
+A prompt has as many tokens as `input_ids`, an answer always `Script.generated`. What is generated at place p of a
+session is a function of p alone: ids, logprobs and rows. Who knows a prompt's length knows what has to be recorded.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Engine:
     def __init__(self, script: Script, *, delay: float = 0.0, failing: float = 0.0, version: str = "0") -> None:
         self._script, self._delay, self._failing, self._version = script, delay, failing, version
         self._random = random.Random(0)
+        models = {"object": "list", "data": [{"id": "m", "object": "model"}]}
+        self._about = orjson.dumps({"model_path": "m", "served_model_name": "m", "weight_version": version, **models})
 
     async def client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
@@ -106,7 +108,7 @@ class Engine:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 length = re.search(rb"content-length: *(\d+)", head)
                 body = await reader.readexactly(int(length[1])) if length else b""
-                answer = b'{"model_path": "m", "weight_version": "0"}'
+                answer = self._about
                 status = b"200 OK"
                 if head.startswith(b"post /v1/chat/completions"):
                     await asyncio.sleep(self._delay)

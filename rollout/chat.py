@@ -42,12 +42,14 @@ class _Plan:
     """A request, ready for the engine.
 
     Attributes:
+        session: the session's id.
         prompt: as rendered.
         request: the client's.
         bodies: the engine's, one a choice.
         replaces: answers that the request takes back.
     """
 
+    session: str
     prompt: Prompt
     request: Mapping[str, Any]
     bodies: list[bytes]
@@ -143,7 +145,13 @@ class Chats:
             note = "recovered: the session was not known here; what was generated in it starts at"
             prompt = replace(prompt, note=f"{note} messages[{len(messages)}]")
         bodies = [self._body(prompt, request, choice) for choice in range(count if "seed" in request else 1)]
-        return _Plan(prompt=prompt, request=request, bodies=bodies * (count // len(bodies)), replaces=replaces)
+        return _Plan(
+            session=session.id,
+            prompt=prompt,
+            request=request,
+            bodies=bodies * (count // len(bodies)),
+            replaces=replaces,
+        )
 
     def _parent(self, session: Session, messages: tuple[Message, ...]) -> Turn | None:
         """The answer that the request goes on from."""
@@ -172,14 +180,14 @@ class Chats:
 
     async def _choice(self, plan: _Plan, choice: int) -> Reply:
         try:
-            return await self._ask(plan.prompt, plan.bodies[choice])
+            return await self._ask(plan, plan.bodies[choice])
         except RollbackFailed:
             body = await self._off_loop(self._body, plan.prompt, plan.request, choice, 0)
-            return await self._ask(plan.prompt, body, start=0, note=_ROLLED_BACK)
+            return await self._ask(plan, body, start=0, note=_ROLLED_BACK)
 
-    async def _ask(self, prompt: Prompt, body: bytes, *, start: int | None = None, note: str | None = None) -> Reply:
-        raw = await self.engine.chat(body)
-        read = partial(read_reply, raw, prompt, self.geometry, start=start, note=note)
+    async def _ask(self, plan: _Plan, body: bytes, *, start: int | None = None, note: str | None = None) -> Reply:
+        raw = await self.engine.chat(body, session=plan.session)
+        read = partial(read_reply, raw, plan.prompt, self.geometry, start=start, note=note)
         return await self._off_loop(read) if len(raw) > LARGE else read()
 
     async def _written(

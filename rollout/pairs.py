@@ -21,6 +21,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ from pacenote.rollout.sglang import Engine
 from pacenote.rollout.worker import worker_url
 
 RELEARN = 10.0  # seconds after which a gateway is asked anew
+SLACK = 8  # requests by which a session's own pair may be busier than the least busy one
 ABORT_SECONDS = 5.0
 _INT32 = 4
 _SHAPE = re.compile(r"(?P<prefill>[^,\s]+),(?P<port>\d{1,5}),(?P<decode>[^,\s]+)")
@@ -89,8 +91,13 @@ async def known(*pairs: Pair) -> Sequence[Pair]:
     return pairs
 
 
+def _affinity(session: str, pair: Pair) -> bytes:
+    """The pair that has the largest for a session is its own, and stays so when others come or go."""
+    return blake2b(f"{session}\0{pair.prefill}\0{pair.decode}".encode(errors="surrogatepass"), digest_size=8).digest()
+
+
 class Pairs:
-    """A `sglang.Engine` whose answers come from pairs, the least busy one each time.
+    """A `sglang.Engine` whose answers come from pairs: a session's own, which has its prefix, or the least busy one.
 
     Args:
         learn: gives the pairs; asked again after RELEARN seconds and after a failure.
@@ -106,13 +113,13 @@ class Pairs:
         self._aborts = httpx.AsyncClient(timeout=ABORT_SECONDS, trust_env=False)
         self._aborting: set[asyncio.Task[None]] = set()
 
-    async def chat(self, body: bytes) -> bytes:
+    async def chat(self, body: bytes, *, session: str = "") -> bytes:
         """As `Engine.chat`. When one side fails, or the caller is cancelled, the other is aborted.
 
         Raises:
             UpstreamError: no pair, or two answers that do not belong together; else as `Engine.chat`.
         """
-        pair = await self._pick()
+        pair = await self._pick(session)
         asked: dict[str, Any] = orjson.loads(body)
         rid = f"pair-{uuid.uuid4().hex}"
         room = {
@@ -125,7 +132,7 @@ class Pairs:
         urls = (pair.prefill, pair.decode)
         for url in urls:
             self._busy[url] = self._busy.get(url, 0) + 1
-        sides = [asyncio.create_task(self._engine(url).chat(sent)) for url in urls]
+        sides = [asyncio.create_task(self._engine(url).chat(sent, session=session)) for url in urls]
         try:
             prefill, decode = await asyncio.gather(*sides)
         except BaseException as error:
@@ -144,13 +151,18 @@ class Pairs:
             await engine.close()
         await self._aborts.aclose()
 
-    async def _pick(self) -> Pair:
+    async def _pick(self, session: str) -> Pair:
         now = asyncio.get_running_loop().time()
         if now - self._learnt > RELEARN:
             self._pairs, self._learnt = await self._learn(), now
         if not self._pairs:
             raise UpstreamError("no prefill/decode pair: expected at least one prefill and one decode worker")
-        return min(self._pairs, key=lambda pair: self._busy.get(pair.prefill, 0) + self._busy.get(pair.decode, 0))
+        busy = [self._busy.get(pair.prefill, 0) + self._busy.get(pair.decode, 0) for pair in self._pairs]
+        if session:
+            own = max(range(len(busy)), key=lambda place: _affinity(session, self._pairs[place]))
+            if busy[own] <= min(busy) + SLACK:
+                return self._pairs[own]
+        return self._pairs[busy.index(min(busy))]
 
     def _engine(self, url: str) -> Engine:
         if url not in self._engines:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import aiohttp
@@ -31,6 +32,9 @@ CLIENT_FIELDS = (
     "top_logprobs", "response_format", "tool_choice", "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs",
 )  # fmt: skip
 """Fields of a client's request that reach the engine. Everything else is ours, or nobody's."""
+
+STICKY = "x-smg-routing-key"
+"""What smg's policies consistent_hashing and manual choose the worker by (smg 1.13)."""
 
 _OVERFLOW = re.compile(
     r"context[ _](length|window)|maximum (context|allowed length|number of tokens)|longer than the model",
@@ -102,8 +106,12 @@ class Engine:
         self._timeout = timeout
         self._open: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: bytes) -> bytes:
+    async def chat(self, body: bytes, *, session: str = "") -> bytes:
         """Send a chat body; cancelling this closes the connection, which makes the engine abort.
+
+        Args:
+            body: JSON.
+            session: the session's id; a gateway that hashes STICKY keeps it on the engine that has its prefix.
 
         Raises:
             ContextOverflow: prompt or answer do not fit.
@@ -114,7 +122,7 @@ class Engine:
         """
         try:
             async with self._session().post(
-                self._url, data=body, headers=_headers(), allow_redirects=False
+                self._url, data=body, headers=_headers(session), allow_redirects=False
             ) as response:
                 content: bytes = await response.read()
         except TimeoutError as error:
@@ -143,10 +151,14 @@ class Engine:
         return self._open
 
 
-def _headers() -> dict[str, str]:
-    """Of a request to the engine: its log and its trace can be told from ours."""
-    name = request_id()
-    return {"content-type": "application/json", **({"x-request-id": name} if name else {}), **tracing.outgoing()}
+def _headers(session: str) -> dict[str, str]:
+    """Of a request to the engine: log and trace are told from ours, and a gateway knows the session again."""
+    headers = {"content-type": "application/json", **tracing.outgoing()}
+    if session:
+        headers[STICKY] = blake2b(session.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+    if name := request_id():
+        headers["x-request-id"] = name
+    return headers
 
 
 def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class Chatting(Protocol):
     """What answers chat bodies: an engine, or pairs."""
 
-    async def chat(self, body: bytes) -> bytes:
+    async def chat(self, body: bytes, *, session: str = "") -> bytes:
         """See `sglang.Engine.chat`."""
         ...
 

@@ -132,7 +132,7 @@ class _InProcess(Engine):
         self.write: Callable[[dict[str, Any]], dict[str, Any]]
         self.body: dict[str, Any] = {}
 
-    async def chat(self, body: bytes) -> bytes:
+    async def chat(self, body: bytes, *, session: str = "") -> bytes:
         self.body = json.loads(body)
         return json.dumps(self.write(self.body)).encode()
 

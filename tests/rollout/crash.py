@@ -75,7 +75,7 @@ class _Engine(Engine):
         self.step = 0
         self._choices = itertools.count()
 
-    async def chat(self, body: bytes) -> bytes:
+    async def chat(self, body: bytes, *, session: str = "") -> bytes:
         sampled = [40 + self.step, 50 + next(self._choices), 60]
         answer = sglang_answer(json.loads(body), sampled, text=f"answer {self.step}", version=str(self.step))
         logprobs = [[-(self.step * 16 + place + 1) / 1024, id, None] for place, id in enumerate(sampled)]

@@ -28,7 +28,7 @@ from pacenote.rollout.launch import Service, engine_command, free_port
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.pairs import Pair, Pairs, from_gateway, join, join_rows, known
 from pacenote.rollout.server import SessionConfig, create_app
-from tests.rollout.gateways import ROUTER_021, ROUTER_032, SMG, gateway
+from tests.rollout.gateways import ROUTER_021, ROUTER_032, SMG, gateway, register
 from tests.rollout.talk import MORE, USER, WAIT, chat, error, records, said, samples, start
 
 if TYPE_CHECKING:
@@ -177,18 +177,6 @@ def test_gateways_that_drop_fields_are_refused(release: str, fleet: Fleet, behin
             assert "return_meta_info" in message or "input_ids" in message
             assert "sglang-router up to 0.3.2" in message
             assert http.get("/health").status_code == 200
-
-
-def register(router: Service, worker: dict[str, Any]) -> None:
-    """At a gateway; returns once it routes to it."""
-    httpx.post(f"{router.url}/workers", json=worker, trust_env=False).raise_for_status()
-    deadline = time.monotonic() + WAIT
-    while time.monotonic() < deadline:
-        listed = httpx.get(f"{router.url}/workers", trust_env=False).json()["workers"]
-        if any(entry["url"] == worker["url"] and entry["is_healthy"] for entry in listed):
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{worker} was not registered: {listed}")
 
 
 # --- when a side fails -----------------------------------------------------------------------------------------------
