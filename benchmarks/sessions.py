@@ -12,18 +12,21 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from benchmarks.machine import commit
 from benchmarks.scripted_engine import DENSE, EXPERTS, LAYERS, TOP_K, Script
 from benchmarks.session_load import Agent, Connection, watch_health
 from pacenote.rollout.launch import Service, free_port, sessions_command
@@ -73,15 +76,15 @@ def model_directory(folder: Path) -> Path:
 
 
 @contextmanager
-def running(model: Path, folder: Path, case: Case, extra: Sequence[str] = ()) -> Iterator[tuple[Service, Service]]:
-    """(server, engine), each a process of its own."""
+def running(model: Path, folder: Path, case: Case, *, failing: float = 0.0) -> Iterator[tuple[Service, Service]]:
+    """(server, engine), each a process of its own; so large a share of the engine's answers fails."""
     with ExitStack() as stack:
         engine_port, port = free_port(), free_port()
         command = [sys.executable, "-m", "benchmarks.scripted_engine", "--port", str(engine_port)]
-        command += ["--delay", str(case.delay)]
+        command += ["--delay", str(case.delay), "--failing", str(failing)]
         engine = Service("engine", command, url=f"http://127.0.0.1:{engine_port}", log=folder / "engine.log")
         store = "memory" if case.store == "memory" else f"sqlite:{folder / 'journal'}"
-        options = ["--store", store, "--workers", str(case.workers), "--log", "off", "--no-probe", *extra]
+        options = ["--store", store, "--workers", str(case.workers), "--log", "off", "--no-probe"]
         options += ["--tito-allowed-append-roles", "user", "tool"]
         command = sessions_command(model, upstream=engine.url, port=port, extra=options)
         server = Service("sessions", command, url=f"http://127.0.0.1:{port}", log=folder / "sessions.log")
@@ -173,6 +176,37 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
+def machine() -> dict[str, Any]:
+    """What the rows were measured on."""
+    model = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "device": "cpu",
+        "processor": model[0] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("aiohttp", "orjson", "starlette", "tokenizers", "transformers", "uvicorn")},
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "note": "server, engine and agents share the cores",
+    }
+
+
+def write(out: Path, name: str, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
+    """The rows as JSON, a line each."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}-cpu-{facts['date'].replace('-', '')}.json"
+    lines = ",\n  ".join(json.dumps(rounded(row)) for row in rows)
+    path.write_text(json.dumps({"machine": facts}, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+    return path
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for the eye: two digits after the point."""
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
+
+
 def run(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     """Start, measure, stop."""
     folder.mkdir()
@@ -185,16 +219,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sessions", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cases", type=int, nargs="+", help=f"numbers of cases, 0..{len(CASES) - 1}; all if left out")
-    parser.add_argument("--tokens", type=int, help="of each session, instead of the cases' own")
     asked = parser.parse_args(words)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = model_directory(Path(scratch) / "model")
         for number in asked.cases or range(len(CASES)):
             case = CASES[number]
-            shape = {name: getattr(case, name) for name in ("sessions", "turns", "tokens", "delay", "store", "workers")}
-            rows.append({**shape, **run(case, model, Path(scratch) / str(number))})
-            print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+            rows.append({**asdict(case), **run(case, model, Path(scratch) / str(number))})
+            print(json.dumps(rounded(rows[-1])), flush=True)
+    print("written:", write(asked.out, "sessions", machine(), rows))
     return 0
 
 

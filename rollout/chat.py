@@ -106,12 +106,16 @@ class Chats:
         created, id = time.time(), f"chatcmpl-{uuid.uuid4().hex}"
         with tracing.span("commit"):
             completion, answers = await self._written(plan, replies, id, created)
-            turns = await self.store.commit(session, pending, *answers, id=id, created=created)
+            try:
+                turns = await self.store.commit(session, pending, *answers, id=id, created=created)
+            except asyncio.CancelledError:
+                self.store.abandon(session, id)  # it may have been too late to stop it
+                raise
         own_seconds = time.perf_counter() - began - engine_seconds
         self.observe(
             Observed(session_id=session_id, turns=turns, engine_seconds=engine_seconds, own_seconds=own_seconds)
         )
-        return completion
+        return replace(completion, abandon=partial(self.store.abandon, session, id))
 
     async def count(self, session_id: str, request: Mapping[str, Any]) -> int:
         """Tokens of the prompt that `complete` would send now. Starts no session.

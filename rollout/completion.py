@@ -5,8 +5,8 @@ The body is written before the turns are committed, so that an answer that canno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ class Completion:
 
     Attributes:
         data: the `chat.completion` object as JSON.
+        abandon: to be called if no client got it.
     """
 
     data: bytes
+    abandon: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     @classmethod
     def of(

@@ -64,15 +64,18 @@ class Flights:
         """Ids of the sessions that have chats in flight."""
         return list(self._flights)
 
-    def abort(self, session_id: str) -> None:
-        """Cancel the chats of this session; their clients get SessionGone."""
+    def forget(self, session_id: str) -> None:
+        """The session has ended: cancel its chats, whose clients get SessionGone, and drop the answers that it left."""
+        for name in [name for name in self._answers if name[0] == session_id]:
+            self._bytes -= len(self._answers.pop(name)[1].data)
         for flight in self._flights.get(session_id, ()):
             flight.task.cancel()
 
     def abort_all(self) -> None:
         """Cancel every chat."""
         for session_id in self._flights:
-            self.abort(session_id)
+            for flight in self._flights[session_id]:
+                flight.task.cancel()
 
     async def answer(
         self,
@@ -113,8 +116,8 @@ class Flights:
         try:
             either: list[asyncio.Future[Any]] = [flight.task, gone]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not flight.task.done():
-                raise ClientGone("the client closed its connection before the answer was ready")
+            if gone.done():
+                raise ClientGone("the client closed its connection before it had the answer")
             if flight.task.cancelled():
                 raise SessionGone(f"session {session_id} was deleted while it generated")
             return flight.task.result()
@@ -122,7 +125,8 @@ class Flights:
             flight.clients -= 1
             if not flight.clients:  # and nobody may join what is being cancelled
                 self._close(session_id, flight)
-                flight.task.cancel()
+                if not flight.task.cancel() and gone.done() and flight.key is None:
+                    _abandon(flight.task)
 
     def _start(self, session_id: str, chat: Callable[[], Coroutine[Any, Any, Completion]], key: Key | None) -> _Flight:
         flight = _Flight(asyncio.create_task(chat()), key)
@@ -154,6 +158,12 @@ class Flights:
         while self._bytes > self._remembered:
             _, (_, oldest) = self._answers.popitem(last=False)
             self._bytes -= len(oldest.data)
+
+
+def _abandon(task: asyncio.Task[Completion]) -> None:
+    """Its clients went when it had just been done, and have no key to ask for it again."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().abandon()
 
 
 def _check_body(key: Key, digest: bytes) -> None:

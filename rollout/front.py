@@ -150,7 +150,7 @@ class Front:
         """DELETE /sessions/{id}: at once; what is in flight is aborted."""
         session_id = request.path_params["session_id"]
         await self.store.delete(session_id)
-        self._flights.abort(session_id)
+        self.forget(session_id)
         return Response(status_code=204)
 
     async def samples(self, request: Request) -> Response:
@@ -172,6 +172,10 @@ class Front:
         """The prompt's tokens of a chat body, `{"prompt_tokens"}`; for the dialects that can be asked for it."""
         body = await self._read(request)
         return _json({"prompt_tokens": await self._chats.count(request.path_params["session_id"], body)})
+
+    def forget(self, session_id: str) -> None:
+        """The session has ended: abort what is in flight, keep no answer of it."""
+        self._flights.forget(session_id)
 
     def busy(self) -> list[str]:
         """Ids of sessions with chats in flight."""

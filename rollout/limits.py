@@ -57,13 +57,16 @@ class BodyLimit:
         return BodyTooLarge(f"expected a body of at most {self._limit} bytes (--max-body), got {got}")
 
 
-async def sweep(store: SessionStore, ttl: float, busy: Callable[[], Collection[str]]) -> None:
+async def sweep(
+    store: SessionStore, ttl: float, busy: Callable[[], Collection[str]], forget: Callable[[str], None]
+) -> None:
     """Forget sessions that were not used for `ttl` seconds, until cancelled.
 
     Args:
         store: where they live.
         ttl: seconds.
         busy: ids of sessions with work in flight; that is use.
+        forget: called with each id that has expired.
     """
     while True:
         await asyncio.sleep(min(ttl / 4, SLOWEST_SWEEP))
@@ -72,5 +75,7 @@ async def sweep(store: SessionStore, ttl: float, busy: Callable[[], Collection[s
         except StoreError as error:
             log.warning("sessions could not be expired: %s", error)
         else:
+            for session_id in expired:
+                forget(session_id)
             if expired:
                 log.info("%d sessions expired", len(expired))

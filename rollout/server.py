@@ -223,7 +223,7 @@ def _lifespan(
             stack.push_async_callback(proxy.close)
             await stack.enter_async_context(front.lifespan(app))
             if config.session_ttl is not None:
-                stack.callback(asyncio.create_task(sweep(store, config.session_ttl, front.busy)).cancel)
+                stack.callback(asyncio.create_task(sweep(store, config.session_ttl, front.busy, front.forget)).cancel)
             yield
 
     return lifespan

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Session:
         self._by_prompt: defaultdict[tuple[int, bytes], list[Turn]] = defaultdict(list)
         self._by_id: defaultdict[str, list[Turn]] = defaultdict(list)
         self._superseded: set[int] = set()
+        self._abandoned: set[str] = set()
         self._parents: set[int] = set()
 
     @property
@@ -116,6 +117,20 @@ class Session:
         """
         rivals = dict.fromkeys([*self._by_prompt.get(_address(prompt), ()), *replaces])
         return Pending(prompt=prompt, rivals=tuple(rivals))
+
+    def abandon(self, id: str) -> None:
+        """Nobody got the answers of this completion, or will: they are rivals of the next to the very same prompt."""
+        self._abandoned.add(id)
+
+    def abandoned(self, id: str) -> bool:
+        """Whether nobody will get the answers of this completion."""
+        return id in self._abandoned
+
+    def settle(self, pending: Pending) -> Pending:
+        """A request that is about to be committed, and answers among its rivals that were abandoned since `begin`."""
+        found = self._by_prompt.get(_address(pending.prompt), ())
+        late = [turn for turn in found if turn.id in self._abandoned and turn not in pending.rivals]
+        return replace(pending, rivals=(*pending.rivals, *late)) if late else pending
 
     def commit(
         self,

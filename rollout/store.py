@@ -67,13 +67,17 @@ class SessionStore(Protocol):
     ) -> tuple[Turn, ...]:
         """`Session.commit` of each answer, all or none, kept for good. What was committed before stays as it was.
 
-        Cancelling the caller does not stop it half way. A new session is held from now on; if another of its id came
-        first, the turns are that one's.
+        Cancelling the caller does not stop it half way; what was abandoned before is not kept. A new session is held
+        from now on; if another of its id came first, the turns are that one's.
 
         Raises:
             SessionGone: the session was deleted or has expired in the meantime.
             StoreError: it cannot be kept.
         """
+        ...
+
+    def abandon(self, session: Session, id: str) -> None:
+        """Nobody gets the answers of a completion any more. If they are kept, the same request's next replace them."""
         ...
 
     async def delete(self, session_id: str) -> None:
@@ -177,7 +181,15 @@ class MemoryStore:
         self, session: Session, pending: Pending, *answers: Answer, id: str, created: float | None = None
     ) -> tuple[Turn, ...]:
         """See `SessionStore.commit`."""
-        return self._add(self._target(session), pending, answers, id, created)
+        session = self._target(session)
+        if session.abandoned(id):
+            return ()
+        return self._add(session, session.settle(pending), answers, id, created)
+
+    def abandon(self, session: Session, id: str) -> None:
+        """See `SessionStore.abandon`."""
+        for one in (session, self._sessions.get(session.id, session)):
+            one.abandon(id)
 
     async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
@@ -327,6 +339,9 @@ class JournalStore(MemoryStore):
             session = self._target(session)
             if known := session.completion(id):
                 return known
+            if session.abandoned(id):
+                return ()
+            pending = session.settle(pending)
             await self._journal.append(session, pending, *answers, id=id, created=created)
             turns = self._add(session, pending, answers, id, created)
         self._target(session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -290,6 +291,41 @@ def test_a_commit_whose_caller_leaves_is_whole(new_player: MakePlayer, path: Pat
     [found] = again(path, "other")
     assert found is not None
     assert [turn.id for turn in found.turns] == [turn.id for turn in session.turns] == ["x"]
+
+
+def test_a_client_that_leaves_during_its_commit_and_asks_again(
+    new_player: MakePlayer, path: Path, store: JournalStore, answer: Callable[..., dict[str, Any]]
+) -> None:
+    """Its first answer is in the journal when the second is asked for, and superseded once that one is there."""
+    player, go = new_player(store=store), threading.Event()
+    player._engine.write = lambda body: answer(body, [40, 41])
+
+    async def play() -> None:
+        blocked = store._journal._submit(lambda db: go.wait())
+        while not blocked.running():
+            await asyncio.sleep(0.001)
+        first = asyncio.create_task(player._chats.complete(player.session.id, {"messages": [user("a")]}))
+        while store._journal._queue.empty():
+            await asyncio.sleep(0.001)
+        first.cancel()
+        second = asyncio.create_task(player._chats.complete(player.session.id, {"messages": [user("a")]}))
+        while len(store._begun) < 2:
+            await asyncio.sleep(0.001)
+        go.set()
+        await asyncio.wait([first, second])
+        assert first.cancelled()
+        assert second.result().body()["choices"][0]["token_ids"] == [40, 41]
+        blocked.result()
+
+    try:
+        player._runner.run(play())
+    finally:
+        go.set()
+    assert [record["status"] for record in player.session.records()] == ["superseded", "completed"]
+    asyncio.run(store.close())
+    [found] = again(path, player.session.id)
+    assert found is not None
+    assert found.records() == player.session.records()
 
 
 def test_commits_and_a_deletion_at_once(new_player: MakePlayer, path: Path, store: JournalStore) -> None:

@@ -116,6 +116,24 @@ def test_choices_are_committed_together_and_once(store: MemoryStore, turn: Turn)
     asyncio.run(run())
 
 
+def test_an_answer_that_nobody_got_gives_way_to_one_that_was_asked_for_meanwhile(
+    store: MemoryStore, turn: Turn
+) -> None:
+    async def play() -> None:
+        session = await store.create()
+        one, two = session.begin(turn.prompt), session.begin(turn.prompt)
+        [lost] = await store.commit(session, one, turn.answer, id="a")
+        store.abandon(session, "a")
+        [kept] = await store.commit(session, two, turn.answer, id="b")
+        assert [session.superseded(t) for t in session.turns] == [True, False] == [t is lost for t in (lost, kept)]
+        late = session.begin(turn.prompt)
+        store.abandon(session, "c")
+        assert await store.commit(session, late, turn.answer, id="c") == ()
+        assert session.turns == (lost, kept)
+
+    asyncio.run(play())
+
+
 def test_an_id_that_never_was_can_be_deleted_and_is_gone_then(store: MemoryStore) -> None:
     asyncio.run(store.delete("mine"))
     with pytest.raises(SessionGone):
