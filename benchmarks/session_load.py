@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -38,14 +39,20 @@ class Connection:
             said = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = said.partition(b"content-length: ")[2].partition(b"\r\n")[0]
             data = await (reader.readexactly(int(length)) if length else reader.read(-1))
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError) as error:
+        except (OSError, asyncio.IncompleteReadError) as error:
             self.close()
-            if isinstance(error, asyncio.CancelledError):
-                raise
             raise ConnectionError(f"it broke off: {error!r}") from error
         if not length or b"connection: close" in said:
             self.close()
         return int(said.split(b" ", 2)[1]), data
+
+    async def leave(self) -> None:
+        """Close it, and return once the other side can see that."""
+        streams = self._streams
+        self.close()
+        if streams is not None:
+            with contextlib.suppress(OSError):
+                await streams[1].wait_closed()
 
     def close(self) -> None:
         """Close it; the next `ask` opens another."""

@@ -55,9 +55,9 @@ CASES = (
     Case(sessions=128, turns=20, tokens=8192, store="sqlite"),
     Case(sessions=256, turns=20, tokens=8192, store="sqlite"),
     Case(sessions=512, turns=20, tokens=8192, store="sqlite"),
-    Case(sessions=64, turns=40, tokens=32768, store="sqlite"),
-    Case(sessions=64, turns=40, tokens=65536, store="sqlite"),
-    Case(sessions=512, turns=10, tokens=65536, delay=5.0, store="sqlite"),
+    Case(sessions=64, turns=20, tokens=32768, store="sqlite"),
+    Case(sessions=64, turns=20, tokens=65536, store="sqlite"),
+    Case(sessions=128, turns=20, tokens=32768, delay=2.0, store="sqlite"),
 )
 
 

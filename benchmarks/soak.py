@@ -136,9 +136,11 @@ class Walker:
 
     async def _leave(self, agent: Agent, body: bytes) -> None:
         """Send a request and close the connection before its answer."""
+        connection = Connection(self._port)
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(self._random.random() * 0.05):
-                await Connection(self._port).ask("POST", f"/sessions/{agent.name}/v1/chat/completions", body)
+                await connection.ask("POST", f"/sessions/{agent.name}/v1/chat/completions", body)
+        await connection.leave()  # while both wait, two equal requests are two samples
 
 
 def faulty(samples: Sequence[Trajectory], starts: Sequence[int], whole: Sequence[int]) -> list[str]:
