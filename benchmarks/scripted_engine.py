@@ -38,7 +38,7 @@ class Script:
     """
 
     generated: int = 100
-    longest: int = 70_000
+    longest: int = 80_000
 
     @cached_property
     def rows(self) -> NDArray[np.int32]:

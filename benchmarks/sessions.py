@@ -131,7 +131,7 @@ async def chat(agent: Agent, port: int, turns: int, seen: list[float]) -> None:
 async def measure(case: Case, server: Service) -> dict[str, Any]:
     """The row of a case."""
     port, pids = int(server.url.rpartition(":")[2]), processes(server)
-    words = max(1, (case.tokens // case.turns - Script().generated) // 6)  # of the tiny tokenizer's tokens
+    words = max(1, (case.tokens // case.turns - Script().generated) * 10 // 67)  # of the tiny tokenizer's tokens
     agents = [Agent(f"session-{number:04}", words) for number in range(case.sessions)]
     before, cpu = memory(pids), cpu_seconds(pids)
     seen, health = list[float](), list[float]()

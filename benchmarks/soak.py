@@ -76,7 +76,7 @@ class Walker:
 
     def __init__(self, name: str, port: int, *, tokens: int, turns: int, seen: Seen) -> None:
         self._name, self._port, self._turns, self._seen = name, port, turns, seen
-        self._words = max(1, (tokens // turns - SCRIPT.generated) // 6)
+        self._words = max(1, (tokens // turns - SCRIPT.generated) * 10 // 67)
         self._random = random.Random(name)
         self._connection = Connection(port)
 

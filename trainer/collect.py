@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -40,8 +42,11 @@ class RolloutConfig:
     """Episodes in flight at once."""
     request_timeout: float = 120.0
     """Seconds an answer may take."""
+    patience: float = 600.0
+    """Seconds without a finished episode after which the engine counts as stuck; one of ours is killed and started
+    again."""
     restarts: int = 3
-    """How often a dead engine is started again before the run stops."""
+    """How often a dead or stuck engine is started again before the run stops."""
     engine_dtype: str = "bfloat16"
     """Number format of the embedded engine."""
     engine_device: str = "auto"
@@ -75,12 +80,17 @@ class Watch:
 
     checks: list[Callable[[], None]] = field(default_factory=list)
     period: float = 0.2
+    progress: float = 0.0
+    """When an episode last came back whole, by the monotonic clock."""
 
-    async def run(self) -> None:
-        """Raise whatever a check raises."""
+    async def run(self, patience: float = math.inf) -> None:
+        """Raise whatever a check raises, or EngineDied once nothing has come for `patience` seconds."""
+        self.progress = time.monotonic()
         while True:
             for check in self.checks:
                 check()
+            if time.monotonic() - self.progress > patience:
+                raise EngineDied(f"no episode ended for {patience:g} s (--rollout.patience): the engine is stuck")
             await asyncio.sleep(self.period)
 
 
@@ -102,7 +112,7 @@ def collect(
         watch: what ends the waiting early, by raising.
 
     Raises:
-        EngineDied: every episode failed, with the first reason.
+        EngineDied: every episode failed, with the first reason; or none came back for too long.
         TaskFailed: the environment or the reward raised.
     """
     return asyncio.run(_collect(tasks, environment, reward, sessions, config, seed, watch))
@@ -124,9 +134,12 @@ async def _collect(
 
         async def one(task: Task, number: int) -> Episode:
             async with gate:
-                return await _episode(client, sessions, task, environment, reward, config, seed * 1_000_003 + number)
+                episode = await _episode(client, sessions, task, environment, reward, config, seed * 1_000_003 + number)
+            if episode.error is None:
+                watch.progress = time.monotonic()
+            return episode
 
-        watcher = asyncio.create_task(watch.run())
+        watcher = asyncio.create_task(watch.run(config.patience))
         players = [asyncio.create_task(one(task, i)) for i, task in enumerate(_repeated(tasks, config.group))]
         everyone = asyncio.gather(*players)
         try:

@@ -79,6 +79,7 @@ class RunConfig:
             ("optim.microbatch-tokens", self.optim.microbatch_tokens, 1),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("optim.guard.max-skips", self.optim.guard.max_skips, 0),
             ("samples-every", self.samples_every, 1),
         ):
             if value < least:
@@ -98,6 +99,10 @@ class RunConfig:
             raise ValueError(f"--loss.kl-coef expects 0, got {self.loss.kl_coef}: this trainer has no reference policy")
         if not 0 <= self.optim.decay <= 1:
             raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
+        if self.optim.guard.spike is not None and self.optim.guard.spike <= 1:
+            raise ValueError(f"--optim.guard.spike expects a number above 1, got {self.optim.guard.spike}")
+        if not self.rollout.patience > 0:
+            raise ValueError(f"--rollout.patience expects seconds above 0, got {self.rollout.patience}")
         if self.optim.lr <= 0 or self.optim.grad_clip <= 0:
             raise ValueError("--optim.lr and --optim.grad-clip expect numbers above 0")
 

@@ -3,7 +3,8 @@
 - TrainerError
     - EngineDied: the rollout engine's process ended or stopped answering.
     - StaleWeights: an answer was sampled with other weights than the trainer's last push.
-    - NotFinite: a loss or gradient is NaN or infinite.
+    - NotFinite: losses or gradients are NaN, infinite or far too large, one after the other.
+    - CannotSave: a checkpoint, weights or metrics could not be written, most often for want of space.
     - TaskFailed: the environment or the reward raised.
     - Interrupted: a person asked the run to stop.
 """
@@ -26,7 +27,11 @@ class StaleWeights(TrainerError):
 
 
 class NotFinite(TrainerError):
-    """A loss or gradient is NaN or infinite; the weights of the last good step are kept."""
+    """Too many optimizer steps in a row were skipped; the weights of the last good one are kept."""
+
+
+class CannotSave(TrainerError):
+    """Something could not be written, most often for want of space; what was written before is whole."""
 
 
 class TaskFailed(TrainerError):

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+import httpx
+
 from pacenote.rollout.launch import Service, ServiceError, engine_command, free_port, sessions_command
 from pacenote.rollout.sglang_cpu import cpu_command, cpu_environment, find_python
 from pacenote.trainer import sync
@@ -102,17 +104,17 @@ class Fleet:
             raise TrainerError(f"the session server's process ended; its last words are in {self._sessions.log}")
 
     def revive(self, path: Path, version: int, cause: EngineDied) -> None:
-        """Start the engine again, on its old port, with the weights of `version`.
+        """Start the engine again, on its old port, with the weights of `version`; one that hangs is killed first.
 
         Raises:
-            EngineDied: `cause`, if the engine is not ours to restart, still runs, or died too often.
+            EngineDied: `cause`, if the engine is not ours to restart, still answers, or died too often.
         """
         if self._engine is None:
             raise cause
         deadline = time.monotonic() + GRACE
         while self._engine.alive and time.monotonic() < deadline:
             time.sleep(0.1)
-        if self._engine.alive:
+        if self._engine.alive and _answers(self._engine):
             raise cause
         if self.restarts >= self.config.restarts:
             raise EngineDied(f"{cause}; it was started again {self.restarts} times, which is the limit") from cause
@@ -182,6 +184,14 @@ def _start(name: str, command: list[str], port: int, log: Path, env: Mapping[str
     except ServiceError as error:
         raise TrainerError(str(error)) from error
     return service
+
+
+def _answers(service: Service) -> bool:
+    """Whether it says within a few seconds that it is well."""
+    try:
+        return httpx.get(f"{service.url}/health", timeout=GRACE, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def _wait(service: Service) -> None:

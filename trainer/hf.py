@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from pacenote.replay.exact import Exact
 from pacenote.replay.hf import attach
 from pacenote.replay.packing import check_packing
 from pacenote.trainer import model as models
+from pacenote.trainer.guard import Guard, GuardConfig, Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class OptimConfig:
     """Rows that an update may replay of the engine's, by where they are known from; the others are routed freely."""
     mask_provenance: tuple[Provenance, ...] = ()
     """Rows whose next token does not train, by where they are known from; samples of nothing else are left out."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 RoutesFrom = Literal["native", "rollout"]
@@ -83,6 +86,8 @@ class HfBackend:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
+
+        self.guard = Guard(config.guard)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -168,13 +173,28 @@ class HfBackend:
             group["lr"] = lr
         return lr
 
-    def apply_gradients(self) -> float:
-        """Clip, step, clear. Returns the norm before clipping; where it is not finite, nothing is stepped."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
-        if norm == norm and norm not in (float("inf"), float("-inf")):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+    def apply_gradients(self, *, loss: float = 0.0) -> tuple[float, Reason | None]:
+        """Clip, step, clear.
+
+        Args:
+            loss: of the step; one that is not finite has no gradient that could be used.
+
+        Returns:
+            The norm before clipping, or such a loss; and why nothing was stepped, None if it was.
+
+        Raises:
+            NotFinite: too many optimizer steps in a row were not.
+        """
+        try:
+            norm = loss
+            if math.isfinite(loss):
+                norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+            reason = self.guard.judge(norm)
+            if reason is None:
+                self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()
+        return norm, reason
 
     def save_weights(self, out: Path) -> None:
         """Write a model directory that an engine can load."""
@@ -186,11 +206,12 @@ class HfBackend:
 
     def state(self) -> dict[str, Any]:
         """Optimizer state, for a checkpoint beside the weights."""
-        return {"optimizer": self.optimizer.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state(state["guard"])
 
     def audit(self) -> Audit:
         """Counts by layer since the last call; waits for the device."""

@@ -5,6 +5,7 @@ Weights of version v are those after v training steps. Step v serves version v, 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from pacenote.trainer.batch import Sample, microbatches, split_steps
 from pacenote.trainer.collect import Episode, Watch, check_versions, collect
 from pacenote.trainer.config import RunConfig
 from pacenote.trainer.display import Display
-from pacenote.trainer.errors import EngineDied, NotFinite, TrainerError
+from pacenote.trainer.errors import CannotSave, EngineDied, NotFinite, TrainerError
 from pacenote.trainer.fleet import Fleet, check_engine
 from pacenote.trainer.game import Game
 from pacenote.trainer.hf import HfBackend
@@ -87,6 +88,22 @@ def pick_device(config: RunConfig) -> str:
 
 
 def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
+    """All steps from `first` on; whatever stops them, there is a report, and a word on how to go on."""
+    try:
+        return _steps(config, run, game, backend, first=first)
+    except TrainerError as error:
+        error.add_note(f"Go on with: pacenote train --resume {run.root}")
+        raise
+    except OSError as error:
+        stopped = CannotSave(f"{error.filename or run.root} cannot be written: {error.strerror or error}")
+        stopped.add_note(f"Free space, then go on with: pacenote train --resume {run.root}")
+        raise stopped from error
+    finally:
+        with contextlib.suppress(OSError):
+            write_report(run.root)
+
+
+def _steps(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
     version = first
     run.write_environment(device=backend.device, moe_layers=backend.replay.layers)
     backend.save_weights(sync.weights_path(run.weights, first))
@@ -117,12 +134,10 @@ def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, firs
                 if version % config.checkpoint.every == 0 or version == config.steps:
                     checkpoint.save(run.checkpoints, backend, step=version, keep=config.checkpoint.keep)
         except TrainerError as error:
-            if not isinstance(error, NotFinite):  # which may come between two optimizer steps of one training step
+            # NotFinite may come between two optimizer steps of one training step.
+            if not isinstance(error, NotFinite | CannotSave):
                 checkpoint.save(run.checkpoints, backend, step=version, keep=config.checkpoint.keep)
-            error.add_note(f"Go on with: pacenote train --resume {run.root}")
             raise
-        finally:
-            write_report(run.root)
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -80,9 +82,16 @@ def build_tiny(out: Path, *, seed: int, shape: TinyShape | None = None) -> Path:
 
 
 def save(model: torch.nn.Module, out: Path, *, tokenizer_from: Path = TOKENIZER) -> None:
-    """Write weights, config and tokenizer files to the directory `out` (overwriting), ready for an engine to load."""
+    """Write weights, config and tokenizer files to the directory `out` (overwriting), ready for an engine to load.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)  # type: ignore[operator]
+    try:
+        model.save_pretrained(out)  # type: ignore[operator]
+    except SafetensorError as error:  # which says so of a full disk
+        raise OSError(errno.EIO, str(error), str(out)) from error
     for file in tokenizer_files(tokenizer_from):
         shutil.copyfile(file, out / file.name)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from torch import Tensor
 from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.batch import Microbatch
-from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.gap import Gap, Meter
+from pacenote.trainer.guard import Reason
 from pacenote.trainer.hf import HfBackend
 
+log = logging.getLogger(__name__)
 ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
 """Whose experts an update replays: nobody's, the engine's (R3), the trainer's own of before the update (R2), or the
 engine's in the first optimizer step of a training step and the trainer's own in those that follow."""
@@ -90,31 +92,52 @@ def update(
         answer_tokens: tokens that an answer may have.
 
     Returns:
-        Metrics of `policy_loss` over all the steps: means over trained tokens, but `loss` is the mean over optimizer
-        steps, `ratio_max` the largest, `ratio_min` the smallest, `tokens` and `samples` sums; `grad_norm` is the
-        largest, unclipped.
+        Metrics of `policy_loss` over the optimizer steps that were taken: means over trained tokens, but `loss` is the
+        mean over optimizer steps, `ratio_max` the largest, `ratio_min` the smallest, `tokens` and `samples` sums;
+        `grad_norm` is the largest, unclipped. `steps_taken`, `skipped_not_finite` and `skipped_spike` count.
 
     Raises:
-        NotFinite: a loss or gradient is NaN or infinite; the optimizer step that would have used it was not taken.
+        NotFinite: too many optimizer steps in a row were skipped.
         ValueError: normalize is "constant", and there is no `answer_tokens`.
     """
     parts: list[dict[str, float]] = []
     norms: list[float] = []
+    skipped = Counter[str]()
     for prepared in steps:
         denominator, sizes = _shares(prepared, config, answer_tokens)
         if not denominator:
             continue
-        for item, size in zip(prepared, sizes, strict=True):
-            with backend.routed(item.routes):
-                out = backend.loss(item.batch, config, group_tokens=size, denominator=denominator)
-                said = out.read()
-                _check_finite(said["loss"], "loss", step, backend.optimizer.zero_grad)
-                out.backward()
-            parts.append(said)
-        norm = backend.apply_gradients()
-        _check_finite(norm, "gradient norm", step, backend.optimizer.zero_grad)
+        said = _accumulate(backend, prepared, config, denominator, sizes)
+        norm, reason = backend.apply_gradients(loss=sum(part["loss"] for part in said))
+        if reason is not None:
+            skipped[reason] += 1
+            log.warning("step %d: an optimizer step was skipped (%s, %g)", step, reason, norm)
+            continue
+        parts += said
         norms.append(norm)
-    return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0)}
+    counts = {"steps_taken": len(norms), **{f"skipped_{reason}": skipped[reason] for reason in get_args(Reason)}}
+    return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0), **counts}
+
+
+def _accumulate(
+    backend: HfBackend,
+    prepared: Sequence[Prepared],
+    config: PolicyConfig,
+    denominator: int,
+    sizes: Sequence[Tensor | None],
+) -> list[dict[str, float]]:
+    """Add up the gradients of an optimizer step's microbatches, up to the first whose loss is not finite; their
+    metrics."""
+    parts = []
+    for item, size in zip(prepared, sizes, strict=True):
+        with backend.routed(item.routes):
+            out = backend.loss(item.batch, config, group_tokens=size, denominator=denominator)
+            parts.append(out.read())
+            if math.isfinite(parts[-1]["loss"]):
+                out.backward()
+        if not math.isfinite(parts[-1]["loss"]):
+            break
+    return parts
 
 
 def _shares(
@@ -162,12 +185,3 @@ def _merged(parts: Sequence[dict[str, float]], steps: int) -> dict[str, float]:
         "tokens": tokens,
         "samples": sum(part["samples"] for part in parts),
     }
-
-
-def _check_finite(value: float, what: str, step: int, cleanup: Callable[[], None]) -> None:
-    if not math.isfinite(value):
-        cleanup()
-        raise NotFinite(
-            f"the {what} is {value} at step {step}: the weights of the last good optimizer step are kept; "
-            "try a smaller --optim.lr or look at the step's samples"
-        )

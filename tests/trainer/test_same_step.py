@@ -25,6 +25,7 @@ from pacenote.kernels.spec import MISSING
 from pacenote.replay.audit import COUNTERS, Audit
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer.batch import microbatches
+from pacenote.trainer.guard import Reason
 from pacenote.trainer.hf import HfBackend, OptimConfig
 from pacenote.trainer.step import prepare, update
 from tests.kernels import interpreter
@@ -79,10 +80,10 @@ def step(directory: Path, trajectories: list[Trajectory], *, double: bool = Fals
     prepared, _ = prepare(backend, [items], "rollout")
     gradients: dict[str, Tensor] = {}
 
-    def keep() -> float:
+    def keep(*, loss: float = 0.0) -> tuple[float, Reason | None]:
         named = backend.model.named_parameters()
         gradients.update({name: p.grad.detach().cpu() for name, p in named if p.grad is not None})
-        return 1.0
+        return 1.0, None
 
     backend.apply_gradients = keep  # type: ignore[method-assign]
     metrics = update(backend, prepared, CONFIG, step=0)

@@ -18,6 +18,7 @@ from pacenote.trainer import checkpoint
 from pacenote.trainer.batch import Microbatch, microbatches
 from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.gap import Gap
+from pacenote.trainer.guard import Guard, GuardConfig, Reason
 from pacenote.trainer.hf import HfBackend, OptimConfig
 from pacenote.trainer.step import ReplayMode, prepare, update
 from tests.replay.conftest import build
@@ -179,10 +180,10 @@ def gradients(
     prepared, _ = prepare(backend, [batches], "rollout")
     kept: list[torch.Tensor] = []
 
-    def capture() -> float:
+    def capture(*, loss: float = 0.0) -> tuple[float, Reason | None]:
         kept.extend(p.grad.clone() for p in backend.model.parameters() if p.grad is not None)
         backend.optimizer.zero_grad()
-        return 1.0
+        return 1.0, None
 
     backend.apply_gradients = capture  # type: ignore[method-assign]
     said = update(backend, prepared, config, step=0, answer_tokens=LENGTH)
@@ -217,14 +218,19 @@ def test_update_moves_the_weights_and_reports(backend: HfBackend, trajectories: 
     assert backend.audit().total("replayed") == COUNT * (LENGTH - 1) * len(backend.replay.layers)
 
 
-def test_nan_stops_before_the_weights_are_touched(backend: HfBackend, trajectories: list[Trajectory]) -> None:
+def test_nan_never_touches_the_weights(backend: HfBackend, trajectories: list[Trajectory]) -> None:
     prepared, _ = prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], "rollout")
     before = [p.detach().clone() for p in backend.model.parameters()]
     poisoned = prepared[0][0]
     advantages = torch.full_like(poisoned.batch.advantages, float("nan"))
     prepared[0][0] = replace(poisoned, batch=replace(poisoned.batch, advantages=advantages))
-    with pytest.raises(NotFinite, match="the loss is nan at step 7"):
-        update(backend, prepared, PolicyConfig(), step=7)
+    said = update(backend, prepared, PolicyConfig(), step=7)
+    assert (said["steps_taken"], said["skipped_not_finite"], said["skipped_spike"]) == (0, 1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+    assert all(p.grad is None for p in backend.model.parameters())
+    backend.guard = Guard(GuardConfig(max_skips=0))
+    with pytest.raises(NotFinite, match=r"1 optimizer steps in a row were skipped, .* of nan \(not_finite\)"):
+        update(backend, prepared, PolicyConfig(), step=8)
     assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
 
 
