@@ -127,7 +127,7 @@ class Front:
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        return _json({"status": "ok", "instance_id": self._instance, "version": _version()})
+        return _json({"status": "ok", "instance_id": self._instance, "version": own_version()})
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus's text."""
@@ -314,7 +314,8 @@ def refuse_bug(request: Request, error: Exception) -> Response:
     return _json(SessionError("internal error of the session server; its log says more").body(), 500)
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of the installed package."""
     try:
         return version("pacenote")
     except PackageNotFoundError:

@@ -32,12 +32,13 @@ from pacenote.rollout import processes, serving
 from pacenote.rollout.auth import Guard, Keys
 from pacenote.rollout.dialects import Dialects
 from pacenote.rollout.errors import SessionError, StartupError
-from pacenote.rollout.front import AUTO, Front, refuse, refuse_bug, refuse_path
+from pacenote.rollout.front import AUTO, Front, own_version, refuse, refuse_bug, refuse_path
 from pacenote.rollout.info import Info
 from pacenote.rollout.limits import BodyLimit, sweep
 from pacenote.rollout.linear import POLICIES
 from pacenote.rollout.matching import Match, check_name
 from pacenote.rollout.messages import ROLES
+from pacenote.rollout.openapi import document, openapi_route
 from pacenote.rollout.pairs import Pair
 from pacenote.rollout.proxy import Proxy
 from pacenote.rollout.quota import UNBOUNDED, Quota
@@ -206,6 +207,7 @@ def create_app(
     proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find, limits=config.limits)
     routes = [
         Route("/health", front.health, methods=["GET"]),
+        openapi_route(document(version=own_version(), guarded=keys is not None, limits=config.limits)),
         Route("/metrics", front.show_metrics, methods=["GET"]),
         Route("/sessions", front.create, methods=["POST"]),
         Route("/sessions/{session_id}", front.create, methods=["PUT"]),
