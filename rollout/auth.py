@@ -21,7 +21,7 @@ from pacenote.rollout.request_log import CODE
 VARIABLE = "PACENOTE_AUTH_TOKENS"
 ADMIN = "pacenote.admin"
 """In an ASGI scope: whether the caller may do everything. Absent where nobody is asked for a token."""
-OPEN = ("/health",)
+OPEN = ("/health", "/openapi.json")
 SHORTEST = 16  # characters of a token
 AGENT_PATHS = frozenset({"model_info", "get_model_info", "server_info", "get_server_info", "model/info", "health"})
 """Paths under a session, besides v1/..., that its key opens."""
@@ -65,7 +65,7 @@ class Keys:
 
 
 class Guard:
-    """ASGI: lets a request through if its token opens its path; `/health` is open.
+    """ASGI: lets a request through if its token opens its path; those of OPEN need none.
 
     Args:
         app: what is guarded.

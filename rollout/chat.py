@@ -24,6 +24,7 @@ from pacenote.rollout.errors import BadRequest, RollbackFailed
 from pacenote.rollout.matching import STRICT, Match
 from pacenote.rollout.messages import Message, chain, parse_messages
 from pacenote.rollout.observed import Observed, Observer, unobserved
+from pacenote.rollout.request_limits import USUAL, RequestLimits
 from pacenote.rollout.session import Session
 from pacenote.rollout.sglang import Reply, chat_body, read_reply
 from pacenote.rollout.store import SessionStore
@@ -71,6 +72,7 @@ class Chats:
         policy: "tree" or "linear".
         match: when two messages are the same.
         observe: called with what there is to say about each answered chat.
+        limits: of one request.
     """
 
     template: Template
@@ -83,6 +85,7 @@ class Chats:
     policy: str = "tree"
     match: Match = STRICT
     observe: Observer = unobserved
+    limits: RequestLimits = USUAL
 
     async def complete(self, session_id: str, request: Mapping[str, Any]) -> Completion:
         """Answer one chat and record it. Cancelling this before it returns leaves no trace.
@@ -98,6 +101,7 @@ class Chats:
         session = self.store.open(session_id)
         with tracing.span("render"):
             plan = await self._off_loop(self._plan, session, request)
+        self.limits.check_prompt(plan.prompt.length)
         pending = session.begin(plan.prompt, replaces=plan.replaces)
         asked = time.perf_counter()
         with tracing.span("engine"):

@@ -22,6 +22,7 @@ from starlette.types import Message
 from pacenote.rollout import anthropic, responses
 from pacenote.rollout.errors import BadRequest, ClientGone, SessionError
 from pacenote.rollout.fields import Object, take
+from pacenote.rollout.request_limits import RequestLimits
 
 Handler = Callable[[Request], Awaitable[Response]]
 Events = Iterator[tuple[str, dict[str, Any]]]
@@ -51,10 +52,13 @@ class Dialects:
         chat: the chat handler; its answer to a body without `stream` is one JSON body.
         count: the handler that counts the prompt of a chat body, `{"prompt_tokens"}`.
         decode: token ids -> text, special tokens included.
+        limits: of one request.
     """
 
-    def __init__(self, chat: Handler, count: Handler, decode: Callable[[Sequence[int]], str]) -> None:
-        self._chat, self._count = chat, count
+    def __init__(
+        self, chat: Handler, count: Handler, decode: Callable[[Sequence[int]], str], limits: RequestLimits
+    ) -> None:
+        self._chat, self._count, self._limits = chat, count, limits
         self._messages = Dialect(
             request=anthropic.chat_request,
             answer=lambda completion, body: anthropic.answer(completion, body, decode),
@@ -85,25 +89,25 @@ class Dialects:
 
     async def messages(self, request: Request) -> Response:
         """POST /sessions/{id}/v1/messages."""
-        return await _translated(self._messages, request, self._chat)
+        return await _translated(self._messages, request, self._chat, self._limits)
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /sessions/{id}/v1/messages/count_tokens."""
-        return await _translated(self._counted, request, self._count)
+        return await _translated(self._counted, request, self._count, self._limits)
 
     async def responses(self, request: Request) -> Response:
         """POST /sessions/{id}/v1/responses."""
-        return await _translated(self._responses, request, self._chat)
+        return await _translated(self._responses, request, self._chat, self._limits)
 
 
-async def _translated(dialect: Dialect, request: Request, handler: Handler) -> Response:
+async def _translated(dialect: Dialect, request: Request, handler: Handler, limits: RequestLimits) -> Response:
     """The handler's answer to the request as a chat, in the request's own dialect."""
     try:
         try:
             raw = await request.body()
         except ClientDisconnect as error:
             raise ClientGone("the client closed its connection before its request had come") from error
-        body, chat = await run_in_threadpool(_asked, dialect, raw)
+        body, chat = await run_in_threadpool(_asked, dialect, raw, limits)
         answered = await handler(_with_body(request, chat))
     except SessionError as error:
         return Response(json.dumps(dialect.error(error)), error.status, media_type="application/json")
@@ -114,10 +118,11 @@ async def _translated(dialect: Dialect, request: Request, handler: Handler) -> R
     return StreamingResponse(_each(events), media_type="text/event-stream")
 
 
-def _asked(dialect: Dialect, raw: bytes) -> tuple[dict[str, Any], bytes]:
+def _asked(dialect: Dialect, raw: bytes, limits: RequestLimits) -> tuple[dict[str, Any], bytes]:
     """(body, chat body as JSON)."""
+    limits.check_depth(raw)
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.decode())  # of bytes it would take UTF-16, which nobody has looked at
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(body, dict):

@@ -30,6 +30,9 @@ from __future__ import annotations
 
 from typing import Any
 
+TOO_LONG = "(context_length_exceeded: this model's maximum context length is less than was asked for)"
+"""What clients look for in the text of a ContextOverflow: litellm the sentence, LangChain the code."""
+
 
 class StartupError(ValueError):
     """The server cannot start."""

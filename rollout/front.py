@@ -30,6 +30,7 @@ from pacenote.rollout.matching import STRICT, Match
 from pacenote.rollout.metrics import CONTENT_TYPE, Metrics
 from pacenote.rollout.observed import Observed
 from pacenote.rollout.pairs import Pair, Pairs, from_gateway, known
+from pacenote.rollout.request_limits import RequestLimits
 from pacenote.rollout.request_log import CODE, answered
 from pacenote.rollout.samples import encode_samples
 from pacenote.rollout.session import Session
@@ -66,6 +67,7 @@ class Front:
         self._model = config.served_model or config.model
         self.keys = keys
         self._instance = instance or uuid.uuid4().hex
+        self._limits = config.limits
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sessions")
         self._flights = Flights()
         self.template, self._geometry, self._match = template, geometry, match
@@ -90,6 +92,7 @@ class Front:
             policy=self._config.policy,
             match=self._match,
             observe=self._observe,
+            limits=self._limits,
         )
         seeking = asyncio.create_task(self._prove(engine)) if self._config.probe else None
         yield
@@ -124,7 +127,7 @@ class Front:
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        return _json({"status": "ok", "instance_id": self._instance, "version": _version()})
+        return _json({"status": "ok", "instance_id": self._instance, "version": own_version()})
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus's text."""
@@ -171,6 +174,7 @@ class Front:
     async def count(self, request: Request) -> Response:
         """The prompt's tokens of a chat body, `{"prompt_tokens"}`; for the dialects that can be asked for it."""
         body = await self._read(request)
+        self._limits.check_messages(body)
         return _json({"prompt_tokens": await self._chats.count(request.path_params["session_id"], body)})
 
     def forget(self, session_id: str) -> None:
@@ -185,6 +189,8 @@ class Front:
         """POST /sessions/{id}/v1/chat/completions."""
         session_id = request.path_params["session_id"]
         body = await self._read(request)
+        self._limits.check_messages(body)
+        body = self._limits.budgeted(body)
         stream, usage = _streaming(body)
         self.store.find(session_id)  # a deleted session has no answers, recorded ones included
         if self._proof is not None:
@@ -214,7 +220,8 @@ class Front:
             raise ClientGone("the client closed its connection before its request had come") from error
         if empty and not raw:
             return {}
-        body: dict[str, Any] = await self._off_loop(_parsed, raw) if len(raw) > LARGE else _parsed(raw)
+        parse = partial(_parsed, raw, self._limits)
+        body: dict[str, Any] = await self._off_loop(parse) if len(raw) > LARGE else parse()
         return body
 
     async def _off_loop(self, function: Any, *arguments: Any) -> Any:
@@ -261,8 +268,9 @@ def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
     return bool(stream), bool((options or {}).get("include_usage"))
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def _parsed(raw: bytes, limits: RequestLimits) -> dict[str, Any]:
     """The JSON object of a body."""
+    limits.check_depth(raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -299,7 +307,9 @@ def refuse_path(request: Request, error: HTTPException) -> Response:
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     request.scope[CODE] = code
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return _json({"error": body}, error.status_code)
+    answer = _json({"error": body}, error.status_code)
+    answer.headers.update(error.headers or {})  # such as `allow`
+    return answer
 
 
 def refuse_bug(request: Request, error: Exception) -> Response:
@@ -308,7 +318,8 @@ def refuse_bug(request: Request, error: Exception) -> Response:
     return _json(SessionError("internal error of the session server; its log says more").body(), 500)
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of the installed package."""
     try:
         return version("pacenote")
     except PackageNotFoundError:

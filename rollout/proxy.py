@@ -13,14 +13,17 @@ from collections.abc import AsyncIterator, Callable
 
 import httpx
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from pacenote.rollout.agent_posts import AGENT_POSTS, agent_body
 from pacenote.rollout.auth import ADMIN
 from pacenote.rollout.errors import BadRequest, ClientGone, Forbidden, UpstreamError, UpstreamTimeout
+from pacenote.rollout.request_limits import USUAL, RequestLimits
 from pacenote.rollout.sglang import refusal
 
 METHODS = ("GET", "HEAD", "POST")
@@ -31,8 +34,8 @@ DROPPED = frozenset({
     "transfer-encoding", "upgrade", "content-length", "content-encoding", "server", "date", "set-cookie", "location",
 })  # fmt: skip
 """Headers of an engine's answer that do not reach the client, with those that its `connection` names."""
-AGENT_POSTS = frozenset({"v1/tokenize", "v1/detokenize", "v1/embeddings", "v1/rerank", "v1/score", "v1/classify"})
-"""What may be posted with a session's key."""
+AGENT_GETS = frozenset({"health"})
+"""What is passed on with a session's key besides AGENT_POSTS: other paths may speak of other sessions."""
 
 _PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,=:@/-]+")
 _GENERATES = re.compile(
@@ -42,7 +45,7 @@ _GENERATES = re.compile(
 _CHANGES = re.compile(
     r"weight|lora|cache|memory_occupation|profil|pause|continue|resume|abort|cancel|session|internal_state|logging|"
     r"expert_distribution|slow_down|freeze|worker|sleep|wake|rpc|scale|reset|dump|load_|(un|re|up)load|shutdown|"
-    r"admin|wasm|mesh|tokenizers|remote|checker|bootstrap|register"
+    r"admin|wasm|mesh|tokenizers|remote|checker|bootstrap|register|corpus|corpora|trace_level|role_switch"
 )
 _UNRECORDED = (
     "{path} generates tokens that this server could not record: chat with POST /sessions/{{id}}/v1/chat/completions"
@@ -60,12 +63,16 @@ class Proxy:
         upstream: base URL of the engine or gateway.
         timeout: seconds that the engine may be silent.
         find: raises for a session that is gone.
+        limits: of one request.
     """
 
-    def __init__(self, upstream: str, *, timeout: float, find: Callable[[str], object]) -> None:
+    def __init__(
+        self, upstream: str, *, timeout: float, find: Callable[[str], object], limits: RequestLimits = USUAL
+    ) -> None:
         self._base = httpx.URL(upstream.rstrip("/"))
         self._find = find
         self._timeout = timeout
+        self._limits = limits
         self._client = httpx.AsyncClient(
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None),
@@ -98,23 +105,24 @@ class Proxy:
             rest: the path below the session.
 
         Raises:
-            BadRequest: a path that cannot be, or one that generates.
-            Forbidden: a path that changes the engine, or one that a session's key does not open.
+            BadRequest: a path that cannot be, one that generates, or a body that is nested too deeply.
+            Forbidden: a path that changes the engine, or a path or a field that a session's key does not open.
             UpstreamError: no answer, a redirection, or a status of 500 and above.
             UpstreamTimeout: no answer in time.
         """
         path = check_path(rest)
-        if request.method == "POST" and not request.scope.get(ADMIN, True) and path not in AGENT_POSTS:
-            raise Forbidden(f"POST {path} needs an admin token: a session's key does not open it")
+        agent = not request.scope.get(ADMIN, True)
+        if agent and path not in (AGENT_POSTS if request.method == "POST" else AGENT_GETS):
+            raise Forbidden(f"{request.method} {path} needs an admin token: a session's key does not open it")
         target = f"{self._base.path.rstrip('/')}/{path}".encode()
         query: bytes = request.scope["query_string"]
         if not _QUERY.fullmatch(query):
             raise BadRequest("expected a query of printable ASCII characters")
         url = self._base.copy_with(raw_path=target + (b"?" + query if query else b""))
         headers = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
-        sent = self._client.build_request(
-            request.method, url, headers=headers | {"accept-encoding": "identity"}, content=await request.body()
-        )
+        headers |= {"accept-encoding": "identity"} | ({"content-type": "application/json"} if agent else {})
+        content = await self._content(request, path if agent else None)
+        sent = self._client.build_request(request.method, url, headers=headers, content=content)
         answer = await self._send(request, sent)
         if answer.status_code >= 500 or answer.is_redirect:
             async with contextlib.aclosing(answer):
@@ -124,6 +132,17 @@ class Proxy:
         passed = StreamingResponse(_body(answer), answer.status_code, background=BackgroundTask(answer.aclose))
         passed.raw_headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in kept]
         return passed
+
+    async def _content(self, request: Request, agents: str | None) -> bytes:
+        """What is sent on of a body; `agents` is the path if an agent asks for it."""
+        try:
+            raw = await request.body()
+        except ClientDisconnect as error:
+            raise ClientGone("the client closed its connection before its request had come") from error
+        if agents in AGENT_GETS:
+            return b""
+        await run_in_threadpool(self._limits.check_depth, raw)
+        return raw if agents is None else await run_in_threadpool(agent_body, agents, raw)
 
     async def _send(self, request: Request, sent: httpx.Request) -> httpx.Response:
         """The answer's head, unless the client leaves first; its connection to the engine is closed then."""

@@ -18,6 +18,7 @@ from pacenote.rollout.matching import MODES
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.pairs import Pair
 from pacenote.rollout.quota import Quota
+from pacenote.rollout.request_limits import USUAL
 from pacenote.rollout.request_log import FORMATS
 from pacenote.rollout.server import SessionConfig, load_front, serve
 from pacenote.rollout.store import open_store
@@ -63,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         help="admin tokens, one a line; the variable PACENOTE_AUTH_TOKENS if left out")  # fmt: skip
     add("--session-ttl", type=float, metavar="SECONDS", help="forget sessions that nobody used for so long")
     add("--max-body", type=int, default=64 << 20, metavar="BYTES", help="largest body of a request")
+    add("--max-depth", type=int, default=USUAL.depth, metavar="N", help="levels of lists and objects in a body's JSON")
+    add("--max-messages", type=int, default=USUAL.messages, metavar="N", help="messages of a chat")
+    add("--max-prompt-tokens", type=int, metavar="N", help="tokens of a chat's prompt; the engine decides if left out")
+    add("--max-new-tokens", type=int, metavar="N",
+        help="tokens that an agent may ask for, and that are asked for where it does not say")  # fmt: skip
     add("--max-sessions", type=int, metavar="N", help="sessions that may be held; new ones are refused then")
     add("--max-total-bytes", type=int, metavar="BYTES", help="bytes of turns that may be held; chats are refused then")
     add("--max-session-bytes", type=int, metavar="BYTES", help="the same of one session")

@@ -32,15 +32,17 @@ from pacenote.rollout import processes, serving
 from pacenote.rollout.auth import Guard, Keys
 from pacenote.rollout.dialects import Dialects
 from pacenote.rollout.errors import SessionError, StartupError
-from pacenote.rollout.front import AUTO, Front, refuse, refuse_bug, refuse_path
+from pacenote.rollout.front import AUTO, Front, own_version, refuse, refuse_bug, refuse_path
 from pacenote.rollout.info import Info
 from pacenote.rollout.limits import BodyLimit, sweep
 from pacenote.rollout.linear import POLICIES
 from pacenote.rollout.matching import Match, check_name
 from pacenote.rollout.messages import ROLES
+from pacenote.rollout.openapi import document, openapi_route
 from pacenote.rollout.pairs import Pair
 from pacenote.rollout.proxy import Proxy
 from pacenote.rollout.quota import UNBOUNDED, Quota
+from pacenote.rollout.request_limits import USUAL, RequestLimits
 from pacenote.rollout.request_log import FORMATS, RequestLog, configure
 from pacenote.rollout.share import WHOLE, Share
 from pacenote.rollout.store import SessionStore, check_store, open_store
@@ -71,6 +73,7 @@ class SessionConfig:
         tokens: admin tokens for auth "tokens".
         session_ttl: seconds after which a session that nobody uses is forgotten; None keeps it.
         max_body: bytes of a request's body.
+        max_depth, max_messages, max_prompt_tokens, max_new_tokens: see `RequestLimits`.
         quota: how much all processes together may hold.
         pairs: prefill/decode pairs to drive instead of asking `upstream`, each PREFILL_URL,BOOTSTRAP_PORT,DECODE_URL;
             or "auto" alone: those that the gateway at `upstream` lists.
@@ -102,6 +105,10 @@ class SessionConfig:
     tokens: tuple[str, ...] = field(default=(), repr=False)
     session_ttl: float | None = None
     max_body: int = 64 << 20
+    max_depth: int = USUAL.depth
+    max_messages: int = USUAL.messages
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
     quota: Quota = UNBOUNDED
     pairs: tuple[str, ...] = ()
     probe: bool = False
@@ -136,7 +143,18 @@ class SessionConfig:
         for name, value in (("max body", self.max_body), ("number of workers", self.workers)):
             if value < 1:
                 raise ValueError(f"expected a {name} of at least 1, got {value}")
+        _ = self.limits  # which checks itself
         self._check_auth()
+
+    @property
+    def limits(self) -> RequestLimits:
+        """Of one request."""
+        return RequestLimits(
+            depth=self.max_depth,
+            messages=self.max_messages,
+            prompt_tokens=self.max_prompt_tokens,
+            new_tokens=self.max_new_tokens,
+        )
 
     def _check_auth(self) -> None:
         if self.auth == "tokens":
@@ -186,9 +204,10 @@ def create_app(
     """
     front = load_front(config, store=store, share=share, instance=instance)
     store, keys = front.store, front.keys
-    proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find)
+    proxy = Proxy(config.upstream, timeout=config.timeout, find=store.find, limits=config.limits)
     routes = [
         Route("/health", front.health, methods=["GET"]),
+        openapi_route(document(version=own_version(), guarded=keys is not None, limits=config.limits)),
         Route("/metrics", front.show_metrics, methods=["GET"]),
         Route("/sessions", front.create, methods=["POST"]),
         Route("/sessions/{session_id}", front.create, methods=["PUT"]),
@@ -196,7 +215,7 @@ def create_app(
         Route("/sessions/{session_id}", front.delete, methods=["DELETE"]),
         Route("/sessions/{session_id}/samples", front.samples, methods=["POST"]),
         Route("/sessions/{session_id}/v1/chat/completions", front.chat, methods=["POST"]),
-        *Dialects(front.chat, front.count, front.template.decode).routes(),
+        *Dialects(front.chat, front.count, front.template.decode, config.limits).routes(),
         *Info(config.served_model or config.model, store).routes(),
     ]
     handlers: Any = {SessionError: refuse, HTTPException: refuse_path, Exception: refuse_bug}

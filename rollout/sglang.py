@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from pacenote.replay.errors import ReplayError
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.rollout import tracing
-from pacenote.rollout.errors import BadRequest, ContextOverflow, RollbackFailed, UpstreamError, UpstreamTimeout
+from pacenote.rollout.errors import (
+    TOO_LONG,
+    BadRequest,
+    ContextOverflow,
+    RollbackFailed,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from pacenote.rollout.messages import parse_message
 from pacenote.rollout.request_log import request_id
 from pacenote.rollout.rows import Rows, read_rows
@@ -41,8 +48,6 @@ _OVERFLOW = re.compile(
     re.IGNORECASE,
 )
 _ROLLBACK = re.compile(r"rollback[ _-]failed", re.IGNORECASE)
-# What clients look for, each in the text: litellm the sentence, LangChain the code. The engine's own words vary.
-_TOO_LONG = "(context_length_exceeded: this model's maximum context length is less than was asked for)"
 _ROWS = re.compile(rb'"routed_experts"\s*:\s*"')  # in a text its quotes would be escaped
 _CUT = "cut"  # stands for the rows' text
 _INT32 = 2**31
@@ -167,7 +172,7 @@ def refusal(status: int, body: bytes) -> BadRequest | UpstreamError:
     if _ROLLBACK.search(body.decode(errors="replace")):
         return RollbackFailed(f"the engine answered {status}: {message}")
     if status in (400, 413, 422) and _OVERFLOW.search(message):
-        return ContextOverflow(f"{message} {_TOO_LONG}", param="messages")
+        return ContextOverflow(f"{message} {TOO_LONG}", param="messages")
     if status in (400, 422):
         return BadRequest(f"the engine refused the request: {message}")
     return UpstreamError(f"the engine answered {status}: {message}")
@@ -258,7 +263,7 @@ def _aborted(kind: str | None, why: object) -> ContextOverflow | UpstreamError:
         if _ROLLBACK.search(why):
             return RollbackFailed(message)
         if _OVERFLOW.search(why):
-            return ContextOverflow(f"{why} {_TOO_LONG}", param="messages")
+            return ContextOverflow(f"{why} {TOO_LONG}", param="messages")
     return UpstreamError(message)
 
 

@@ -101,6 +101,12 @@ def install_clients() -> None:
         print("install: litellm and harbor could not be installed; their tests will be skipped", flush=True)
 
 
+def install_fuzzer() -> None:
+    """atheris, where it has a wheel: from source it needs clang. Only `make fuzz` and its test start it."""
+    if not pip("-c", str(ROOT / "constraints.txt"), "--only-binary", ":all:", "atheris", check=False):
+        print("install: atheris could not be installed; the parsers' fuzz test will be skipped", flush=True)
+
+
 def main() -> None:
     """Create or refresh the environment."""
     if sys.version_info < (3, 11):  # noqa: UP036  (this script is what tells the user)
@@ -117,6 +123,7 @@ def main() -> None:
     install_clients()
     install_gateways()
     install_protocol()
+    install_fuzzer()
     stamp.write_text(wanted)
 
 

@@ -16,12 +16,6 @@ def crash(folder: Path, model: Path, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False)
 
 
-@pytest.fixture
-def long(request: pytest.FixtureRequest) -> bool:
-    """Whether a kill at every single step was asked for."""
-    return bool(request.config.getoption("--long"))
-
-
 @pytest.mark.parametrize(("by", "kills"), [("line", 24), ("opcode", 12), ("sqlite", 12)])
 def test_killed_anywhere_it_goes_on_as_if_nothing_had_been(
     tiny_dir: Path, tmp_path: Path, by: str, kills: int, long: bool
