@@ -14,8 +14,36 @@ from collections.abc import Iterator
 import uvicorn
 import uvloop
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 BACKLOG = 2048
+HEAD = 64 << 10  # bytes of a request's head
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class _Protocol(HttpToolsProtocol):
+    """HTTP/1.1 whose heads have an end: uvicorn's own reads on for as long as one is sent."""
+
+    _head: int | None = 0  # bytes of a head that has begun; None: none is awaited
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; refuse a head of more than HEAD bytes."""
+        super().data_received(data)
+        if self._head is not None:
+            self._head += len(data)
+            if self._head > HEAD and not self.transport.is_closing():
+                self.transport.write(_TOO_LARGE)
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._head = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """It has ended."""
+        self._head = None
+        super().on_headers_complete()
 
 
 class _Server(uvicorn.Server):
@@ -47,6 +75,7 @@ def run(app: ASGIApp, listener: socket.socket, *, drain: float = 0.0) -> None:
         ws="none",
         timeout_graceful_shutdown=math.ceil(drain),
         backlog=BACKLOG,
+        http=_Protocol,
         log_config=None,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -51,8 +51,8 @@ class Guard:
         if self._in_a_row > self._config.max_skips:
             raise NotFinite(
                 f"{self._in_a_row} optimizer steps in a row were skipped, the last for a loss or gradient norm of "
-                f"{norm:g} ({reason}), and --optim.guard.max-skips is {self._config.max_skips}: the weights of the last "
-                "good optimizer step are kept; try a smaller --optim.lr or look at the step's samples"
+                f"{norm:g} ({reason}), and --optim.guard.max-skips is {self._config.max_skips}: the weights of the "
+                "last good optimizer step are kept; try a smaller --optim.lr or look at the step's samples"
             )
         return reason
 

@@ -3,8 +3,8 @@
     python -m tests.trainer.save_and_die MODEL FOLDER KILLS
 
 KILLS are spread evenly over all lines that `checkpoint.save` and what it calls run in pacenote, transformers,
-safetensors and torch's serialisation, and LAST more fall on the last ones; 0 is one at each line. After each the newest checkpoint must be one of the two,
-and load to the very weights, moments and random numbers that were saved.
+safetensors and torch's serialisation, and LAST more fall on the last ones; 0 is one at each line. After each the newest
+checkpoint must be one of the two, and load to the very weights, moments and random numbers that were saved.
 """
 
 from __future__ import annotations
