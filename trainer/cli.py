@@ -56,7 +56,7 @@ def _train(words: list[str]) -> int:
     import tyro
     from transformers.utils import logging
 
-    from pacenote.trainer import loop, recipes
+    from pacenote.trainer import algorithms, loop, recipes
     from pacenote.trainer.config import RunConfig
     from pacenote.trainer.errors import TrainerError
     from pacenote.trainer.report import summary
@@ -72,6 +72,8 @@ def _train(words: list[str]) -> int:
             if not words or words[0].startswith("-"):
                 raise ValueError(f"train expects a recipe first; the recipes are: {', '.join(sorted(recipes.RECIPES))}")
             default = recipes.find(words[0])
+            if "--algorithm" in words[:-1]:  # before the flags, which override what it sets
+                default = algorithms.apply(default, words[words.index("--algorithm") + 1])
             config = tyro.cli(
                 RunConfig, default=default, args=words[1:], prog=f"pacenote train {words[0]}",
                 description=recipes.RECIPES[words[0]].__doc__,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pacenote.kernels.policy import PolicyConfig
+from pacenote.trainer.advantage import Estimator
 from pacenote.trainer.checkpoint import CheckpointConfig
 from pacenote.trainer.collect import RolloutConfig
 from pacenote.trainer.fleet import EngineKind
@@ -55,8 +56,15 @@ class RunConfig:
     depends on the batch; slower. The engine's number format is then float32, whatever else is said."""
     threads: int | None = None
     """CPU threads of the trainer; none: torch's own choice."""
-    normalize_std: bool = True
-    """Divide advantages by the group's standard deviation."""
+    algorithm: str | None = None
+    """Name of the algorithm that gave the defaults of advantage, loss and overlong-buffer: grpo, dapo, dr_grpo, rloo,
+    reinforce_pp, gspo or cispo; none: the recipe's own."""
+    advantage: Estimator = "grpo"
+    """What an answer's reward is held against; see trainer/advantage.py."""
+    overlong_buffer: int = 0
+    """Answers are punished in the last so many of their --rollout.max-tokens, by up to 1; 0: not at all."""
+    reference: Path | None = None
+    """Model directory of the reference policy of --loss.kl-coef; none: the model that the run starts from."""
     samples_every: int = 5
     """Steps between readable samples in the run folder."""
     tiny: TinyShape = field(default_factory=TinyShape)
@@ -95,8 +103,13 @@ class RunConfig:
             raise ValueError("--rollout.engines expects --rollout.upstream, the gateway in front of them")
         if self.rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
-        if self.loss.kl_coef:
-            raise ValueError(f"--loss.kl-coef expects 0, got {self.loss.kl_coef}: this trainer has no reference policy")
+        if self.reference is not None and not self.loss.kl_coef:
+            raise ValueError("--reference expects --loss.kl-coef above 0: without it nobody asks the reference policy")
+        if not 0 <= self.overlong_buffer <= self.rollout.max_tokens:
+            raise ValueError(
+                f"--overlong-buffer expects 0 to --rollout.max-tokens {self.rollout.max_tokens}, got "
+                f"{self.overlong_buffer}"
+            )
         if not 0 <= self.optim.decay <= 1:
             raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
         if self.optim.guard.spike is not None and self.optim.guard.spike <= 1:

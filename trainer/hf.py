@@ -111,17 +111,25 @@ class HfBackend:
         batch: PackedBatch,
         config: PolicyConfig,
         *,
+        reference: Tensor | None = None,
         group_tokens: Tensor | None = None,
         denominator: float | None = None,
     ) -> PolicyOutput:
         """The policy loss of a batch with old logprobs, through the head and back, chunk by chunk.
 
-        Must run inside `self.routed(...)`, and so must its backward. Arguments as `policy_loss`; group_tokens [S].
+        Must run inside `self.routed(...)`, and so must its backward. Arguments as `policy_loss`: reference [T],
+        group_tokens [S].
         """
         if self.exact is not None:
             logprob, entropy = self.logprobs(batch)
             return policy_loss(
-                logprob, batch, config, entropy=entropy, group_tokens=group_tokens, denominator=denominator
+                logprob,
+                batch,
+                config,
+                entropy=entropy,
+                reference=reference,
+                group_tokens=group_tokens,
+                denominator=denominator,
             )
         head = self.model.get_output_embeddings()
         return policy_loss_from_hidden(
@@ -131,6 +139,7 @@ class HfBackend:
             config,
             temperature=self.temperature,
             bias=head.bias,
+            reference=reference,
             group_tokens=group_tokens,
             denominator=denominator,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pacenote.trainer import checkpoint, metrics, sync
-from pacenote.trainer.advantage import group_advantages
+from pacenote.trainer.advantage import advantages, longest_answer, overlong_penalty
 from pacenote.trainer.batch import Sample, microbatches, split_steps
 from pacenote.trainer.collect import Episode, Watch, check_versions, collect
 from pacenote.trainer.config import RunConfig
@@ -74,6 +74,24 @@ def make_backend(config: RunConfig, model: Path, device: str) -> HfBackend:
     return HfBackend(model, config.optim, device=device, temperature=temperature, exact=config.exact)
 
 
+def load_reference(config: RunConfig, run: RunDir, backend: HfBackend) -> HfBackend | None:
+    """The frozen policy that the KL is to, beside the backend; None without a KL."""
+    if not config.loss.kl_coef:
+        return None
+    model = config.reference or config.model or run.root / "model"
+    reference = make_backend(config, model, backend.device)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def shaped(episode: Episode, config: RunConfig) -> float | None:
+    """An episode's reward, less what its longest answer costs for being nearly too long."""
+    if episode.reward is None or not config.overlong_buffer:
+        return episode.reward
+    longest = max((longest_answer(trajectory.loss_mask) for trajectory in episode.trajectories), default=0)
+    return episode.reward + overlong_penalty(longest, config.rollout.max_tokens, config.overlong_buffer)
+
+
 def pick_device(config: RunConfig) -> str:
     """The trainer's device.
 
@@ -109,6 +127,9 @@ def _steps(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, fi
     backend.save_weights(sync.weights_path(run.weights, first))
     with ExitStack() as stack:
         stack.callback(backend.close)
+        reference = load_reference(config, run, backend)
+        if reference is not None:
+            stack.callback(reference.close)
         stop = stack.enter_context(Interrupt())
         fleet = stack.enter_context(
             Fleet(
@@ -127,7 +148,7 @@ def _steps(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, fi
         try:
             fleet.start(first)
             while version < config.steps:
-                row = one_step(config, run, game, backend, fleet, stop, version)
+                row = one_step(config, run, game, backend, fleet, stop, version, reference)
                 version += 1
                 log.append(row)
                 display.show(row)
@@ -142,14 +163,22 @@ def _steps(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, fi
 
 
 def one_step(
-    config: RunConfig, run: RunDir, game: Game, backend: HfBackend, fleet: Fleet, stop: Interrupt, version: int
+    config: RunConfig,
+    run: RunDir,
+    game: Game,
+    backend: HfBackend,
+    fleet: Fleet,
+    stop: Interrupt,
+    version: int,
+    reference: HfBackend | None = None,
 ) -> dict[str, Any]:
     """Serve the weights of `version`, roll out, train on the answers; returns the step's row of metrics."""
     times = [time.perf_counter()]
     episodes, stale = rollout(config, run, game, backend, fleet, stop, version)
     times.append(time.perf_counter())
 
-    earned = group_advantages([e.reward for e in episodes], config.rollout.group, normalize=config.normalize_std)
+    rewards = [shaped(episode, config) for episode in episodes]
+    earned = advantages(rewards, config.rollout.group, config.advantage)
     samples = [
         Sample(trajectory, advantage, number // config.rollout.group)
         for number, (episode, advantage) in enumerate(zip(episodes, earned.values.tolist(), strict=True))
@@ -160,7 +189,7 @@ def one_step(
         microbatches([samples[i] for i in part], config.optim, backend.device)
         for part in split_steps(len(samples), config.optim.minibatches, seed=config.seed * 1_000_003 + version)
     ]
-    prepared, gap = prepare(backend, steps, config.replay, version=version)
+    prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference)
     times.append(time.perf_counter())
 
     backend.audit()  # the counters so far are of the measurements

@@ -28,15 +28,21 @@ engine's in the first optimizer step of a training step and the trainer's own in
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A microbatch ready for the optimizer: `routes` are what the update replays (None: the model's own), `groups` the
-    numbers of its samples' groups."""
+    numbers of its samples' groups, `reference` [T] the reference policy's logprobs."""
 
     batch: PackedBatch
     routes: Routes | None
     groups: tuple[int, ...] = ()
+    reference: Tensor | None = None
 
 
 def prepare(
-    backend: HfBackend, steps: Sequence[Sequence[Microbatch]], mode: ReplayMode, *, version: int = 0
+    backend: HfBackend,
+    steps: Sequence[Sequence[Microbatch]],
+    mode: ReplayMode,
+    *,
+    version: int = 0,
+    reference: HfBackend | None = None,
 ) -> tuple[list[list[Prepared]], Gap]:
     """Compute old logprobs under the routing that the update will use; measure the mismatch with and without replay.
 
@@ -46,10 +52,12 @@ def prepare(
             choice from this pass in the updates that follow (R2), "mixed" does the one in the first optimizer step and
             the other in later ones, "off" replays nothing.
         version: of the weights that compute them.
+        reference: the reference policy, if the loss has a KL to one. It is given the update's routes, so that the KL is
+            of the weights, and not of two routings.
     """
     meter = Meter()
     prepared = [
-        [_prepare(backend, item, _mode_of_step(mode, number), meter) for item in step]
+        [_prepare(backend, item, _mode_of_step(mode, number), meter, reference) for item in step]
         for number, step in enumerate(steps)
     ]
     return prepared, meter.gap(version)
@@ -62,7 +70,9 @@ def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
     return "rollout" if number == 0 else "trainer"
 
 
-def _prepare(backend: HfBackend, item: Microbatch, mode: ReplayMode, meter: Meter) -> Prepared:
+def _prepare(
+    backend: HfBackend, item: Microbatch, mode: ReplayMode, meter: Meter, reference: HfBackend | None
+) -> Prepared:
     batch = item.batch
     native, own = backend.score_native(batch)
     if mode == "rollout":
@@ -70,7 +80,8 @@ def _prepare(backend: HfBackend, item: Microbatch, mode: ReplayMode, meter: Mete
     else:
         routes, old = (own if mode == "trainer" else None), native
     meter.add(item, old, native, own)
-    return Prepared(replace(batch, old_logprobs=old), routes, item.groups)
+    held = None if reference is None else reference.score(batch, routes)
+    return Prepared(replace(batch, old_logprobs=old), routes, item.groups, held)
 
 
 def update(
@@ -131,7 +142,7 @@ def _accumulate(
     parts = []
     for item, size in zip(prepared, sizes, strict=True):
         with backend.routed(item.routes):
-            out = backend.loss(item.batch, config, group_tokens=size, denominator=denominator)
+            out = backend.loss(item.batch, config, reference=item.reference, group_tokens=size, denominator=denominator)
             parts.append(out.read())
             if math.isfinite(parts[-1]["loss"]):
                 out.backward()

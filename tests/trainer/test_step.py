@@ -218,6 +218,29 @@ def test_update_moves_the_weights_and_reports(backend: HfBackend, trajectories: 
     assert backend.audit().total("replayed") == COUNT * (LENGTH - 1) * len(backend.replay.layers)
 
 
+def test_the_kl_is_to_the_reference_under_the_same_routes(
+    backend: HfBackend, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    backend.save_weights(tmp_path)
+    reference = HfBackend(tmp_path, backend.config, device="cpu", temperature=1.0)
+    steps = [microbatches(samples(trajectories), backend.config, "cpu")]
+    config = PolicyConfig(kl_coef=0.5, kl_type="k3")
+    prepared, _ = prepare(backend, steps, "rollout", reference=reference)
+    assert update(backend, prepared, config, step=0)["kl_reference"] == pytest.approx(0.0, abs=1e-6)
+    prepared, _ = prepare(backend, steps, "rollout", reference=reference)
+    said = update(backend, prepared, config, step=1)
+    gaps = []
+    for item in prepared[0]:
+        assert item.reference is not None
+        assert item.batch.old_logprobs is not None
+        gaps.append((item.reference - item.batch.old_logprobs)[item.batch.loss_mask].double())
+    gap = torch.cat(gaps)
+    assert said["kl_reference"] == pytest.approx(float((gap.exp() - 1 - gap).mean()), rel=1e-3)
+    assert said["kl_reference"] > 0
+    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in reference.model.parameters())
+    reference.close()
+
+
 def test_nan_never_touches_the_weights(backend: HfBackend, trajectories: list[Trajectory]) -> None:
     prepared, _ = prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], "rollout")
     before = [p.detach().clone() for p in backend.model.parameters()]

@@ -133,8 +133,10 @@ def test_config_round_trip(tmp_path: Path) -> None:
 
 
 def test_config_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="has no reference policy"):
-        RunConfig(recipe="tiny", loss=PolicyConfig(kl_coef=0.1))
+    with pytest.raises(ValueError, match=r"--reference expects --loss\.kl-coef above 0"):
+        RunConfig(recipe="tiny", reference=Path("m"))
+    with pytest.raises(ValueError, match=r"--overlong-buffer expects 0 to --rollout\.max-tokens 3, got 4"):
+        RunConfig(recipe="tiny", overlong_buffer=4)
     with pytest.raises(ValueError, match="--steps expects at least 1, got 0"):
         RunConfig(recipe="tiny", steps=0)
     with pytest.raises(ValueError, match=r"config\.json"):
