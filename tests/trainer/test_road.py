@@ -169,11 +169,16 @@ def background(tmp_path: Path) -> Iterator[Any]:
             os.killpg(run.process.pid, signal.SIGKILL)
 
 
-def test_a_dead_engine_is_restarted(background: Any) -> None:
-    run = background("train", "tiny", "--steps", "5", "--out", "OUT", *SMALL)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stuck"])
+def test_a_dead_or_stuck_engine_is_restarted(background: Any, number: signal.Signals) -> None:
+    run = background(
+        "train", "tiny", "--steps", "5", "--out", "OUT", "--rollout.patience", "8", "--sync.timeout", "8", *SMALL
+    )
     run.wait_for_steps(2)
-    os.kill(run.engine(), signal.SIGKILL)
+    stuck = run.engine()
+    os.kill(stuck, number)
     assert run.finish() == 0, run.log.read_text()
+    assert not Path(f"/proc/{stuck}").exists()
     rows = metrics.read(run.out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert replay_works(rows)
