@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import select
+import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import orjson
@@ -87,12 +91,34 @@ class Agent:
         self.messages = [body[len(b'{"messages":[') : -len(b"]}")], answer]
 
 
-async def watch_health(port: int, seen: list[float], every: float = 0.02) -> None:
-    """Ask for /health again and again; seconds of each go to `seen`."""
-    connection = Connection(port)
-    while True:
+@contextlib.asynccontextmanager
+async def health_watched(port: int) -> AsyncIterator[list[float]]:
+    """Ask for /health again and again, from a process of its own: this one is busy. Seconds, once it ends."""
+    seen: list[float] = []
+    command = [sys.executable, "-m", "benchmarks.session_load", str(port)]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        yield seen
+    finally:
+        said, _ = await process.communicate(b"")
+        seen += orjson.loads(said)
+
+
+def _ask_for_health(port: int, every: float = 0.02) -> list[float]:
+    """Until standard input ends."""
+    seen = []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    while not select.select([sys.stdin], [], [], every)[0]:
         began = time.perf_counter()
-        status, _ = await connection.ask("GET", "/health")
-        assert status == 200
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 200
         seen.append(time.perf_counter() - began)
-        await asyncio.sleep(every)
+    return seen
+
+
+if __name__ == "__main__":
+    print(orjson.dumps(_ask_for_health(int(sys.argv[1]))).decode())

@@ -28,7 +28,7 @@ import uvloop
 
 from benchmarks.machine import commit
 from benchmarks.scripted_engine import DENSE, EXPERTS, LAYERS, TOP_K, Script
-from benchmarks.session_load import Agent, Connection, watch_health
+from benchmarks.session_load import Agent, Connection, health_watched
 from pacenote.rollout.launch import Service, free_port, sessions_command
 
 HERTZ = os.sysconf("SC_CLK_TCK")
@@ -134,12 +134,11 @@ async def measure(case: Case, server: Service) -> dict[str, Any]:
     words = max(1, (case.tokens // case.turns - Script().generated) * 10 // 67)  # of the tiny tokenizer's tokens
     agents = [Agent(f"session-{number:04}", words) for number in range(case.sessions)]
     before, cpu = memory(pids), cpu_seconds(pids)
-    seen, health = list[float](), list[float]()
-    watch = asyncio.create_task(watch_health(port, health))
-    began = time.perf_counter()
-    await asyncio.gather(*(chat(agent, port, case.turns, seen) for agent in agents))
-    seconds, cpu = time.perf_counter() - began, cpu_seconds(pids) - cpu
-    watch.cancel()
+    seen: list[float] = []
+    async with health_watched(port) as health:
+        began = time.perf_counter()
+        await asyncio.gather(*(chat(agent, port, case.turns, seen) for agent in agents))
+        seconds, cpu = time.perf_counter() - began, cpu_seconds(pids) - cpu
     connection = Connection(port)
     _, metrics = await connection.ask("GET", "/metrics")
     own = [

@@ -35,7 +35,7 @@ import orjson
 import uvloop
 
 from benchmarks.scripted_engine import DENSE, Script
-from benchmarks.session_load import Agent, Connection, watch_health
+from benchmarks.session_load import Agent, Connection, health_watched
 from benchmarks.sessions import Case, machine, memory, model_directory, processes, quantile, running, write
 from pacenote.rollout.launch import Service
 from pacenote.rollout.samples import decode_samples
@@ -187,7 +187,7 @@ async def kill_in_turn(victims: Sequence[Service], every: float, end: float) -> 
 async def soak(server: Service, engine: Service, asked: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """(results, what was wrong)."""
     loop, port = asyncio.get_running_loop(), int(server.url.rpartition(":")[2])
-    seen, health = Seen(), list[float]()
+    seen = Seen()
 
     async def phase(name: str, seconds: float) -> float:
         end = loop.time() + seconds
@@ -201,10 +201,8 @@ async def soak(server: Service, engine: Service, asked: argparse.Namespace) -> t
     quarter = asked.minutes * 15
     await phase("first", quarter)  # what a process comes to in any case is no growth
     before, ended = memory(processes(server)), seen.sessions
-    watch = asyncio.create_task(watch_health(port, health))
-    await phase("calm", quarter)
-    watch.cancel()
-    await asyncio.gather(watch, return_exceptions=True)
+    async with health_watched(port) as health:
+        await phase("calm", quarter)
     growth = (memory(processes(server)) - before) / (seen.sessions - ended)
     calm = sorted(seen.seconds)
     peak = memory(processes(server), "VmHWM")

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from pacenote.rollout.tito import check_roles, extend
 from pacenote.rollout.turn import Answer, Prompt, Turn
 from pacenote.rollout.upstream_probe import Chatting
 
+AT_ONCE = 16  # chats that are worked on
 LARGE = 1 << 16  # bytes of an answer that is worth a thread
 MOST_CHOICES = 128
 _ROLLED_BACK = "the engine lost its prefix (rollback failed) and was asked once more, for all rows"
@@ -73,6 +74,8 @@ class Chats:
         match: when two messages are the same.
         observe: called with what there is to say about each answered chat.
         limits: of one request.
+        turn: so many chats are worked on at once; those whose engine generates do not count. More would not be faster,
+            and everybody else on the loop, /health first, would wait for all of them.
     """
 
     template: Template
@@ -86,6 +89,7 @@ class Chats:
     match: Match = STRICT
     observe: Observer = unobserved
     limits: RequestLimits = USUAL
+    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
 
     async def complete(self, session_id: str, request: Mapping[str, Any]) -> Completion:
         """Answer one chat and record it. Cancelling this before it returns leaves no trace.
@@ -100,7 +104,8 @@ class Chats:
         began = time.perf_counter()
         session = self.store.open(session_id)
         with tracing.span("render"):
-            plan = await self._off_loop(self._plan, session, request)
+            async with self.turn:
+                plan = await self._off_loop(self._plan, session, request)
         self.limits.check_prompt(plan.prompt.length)
         pending = session.begin(plan.prompt, replaces=plan.replaces)
         asked = time.perf_counter()
@@ -196,7 +201,8 @@ class Chats:
     async def _ask(self, plan: _Plan, body: bytes, *, start: int | None = None, note: str | None = None) -> Reply:
         raw = await self.engine.chat(body, session=plan.session)
         read = partial(read_reply, raw, plan.prompt, self.geometry, start=start, note=note)
-        return await self._off_loop(read) if len(raw) > LARGE else read()
+        async with self.turn:
+            return await self._off_loop(read) if len(raw) > LARGE else read()
 
     async def _written(
         self, plan: _Plan, replies: list[Reply], id: str, created: float
