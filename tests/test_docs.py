@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pacenote.trainer import recipes
 from pacenote.trainer.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,3 +63,20 @@ def test_flags_exist() -> None:
         for command, words in re.findall(r"pacenote (train|serve|report)\b([^\n`]*)", code(page)):
             for flag in re.findall(r"--[a-z][\w.-]*", words.split("#")[0]):
                 assert flag in known[command], f"{name(page)}: pacenote {command} has no {flag}"
+
+
+def test_every_flag_of_a_run_is_explained() -> None:
+    """docs/training.md names each field of a RunConfig as the command line does; `--tiny.*` stands for a shape."""
+    said = set(re.findall(r"`--([a-z.*-]+)`", (ROOT / "docs" / "training.md").read_text(encoding="utf-8")))
+
+    def flags(config: Any, prefix: str = "") -> Iterator[str]:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from flags(value, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}".replace("_", "-")
+
+    found = {flag for flag in flags(recipes.tiny()) if not flag.startswith("tiny.") and flag != "recipe"}
+    assert found - said == set()
+    assert {flag for flag in said if "." in flag} - found == {"tiny.*"}
