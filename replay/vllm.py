@@ -12,15 +12,14 @@ vllm/model_executor/layers/fused_moe/routed_experts_capturer.py; vllm-project/vl
 from __future__ import annotations
 
 import ast
-import binascii
 import io
 import re
 from typing import Any
 
 import numpy as np
-import pybase64
 from numpy.typing import NDArray
 
+from pacenote.replay import base64
 from pacenote.replay.errors import PayloadError, RecordError
 from pacenote.replay.record import RoutingRecord, expert_dtype
 from pacenote.replay.spec import RoutingGeometry
@@ -69,7 +68,7 @@ def encode_vllm(record: RoutingRecord, geometry: RoutingGeometry) -> str:
     """
     file = io.BytesIO()
     np.save(file, all_layers(record, geometry, expert_dtype(geometry.num_experts)), allow_pickle=False)
-    return pybase64.b64encode_as_string(file.getvalue())
+    return base64.encode(file.getvalue())
 
 
 def _bytes(payload: Any, geometry: RoutingGeometry, rows: int) -> bytes:
@@ -82,8 +81,8 @@ def _bytes(payload: Any, geometry: RoutingGeometry, rows: int) -> bytes:
             f"experts, got {len(payload)}: too large, or of another model"
         )
     try:
-        return pybase64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.decode(payload)
+    except ValueError as error:
         raise PayloadError(
             f"expected routed experts as base64 of a numpy array, got text that is not: {error}"
         ) from error

@@ -6,13 +6,12 @@ the input tokens from `routed_experts_start_len` on, the layer axis counts *all*
 
 from __future__ import annotations
 
-import binascii
 from typing import Any
 
 import numpy as np
-import pybase64
 from numpy.typing import NDArray
 
+from pacenote.replay import base64
 from pacenote.replay.errors import PayloadError, RecordError
 from pacenote.replay.record import MISSING, RoutingRecord
 from pacenote.replay.spec import RoutingGeometry
@@ -56,7 +55,7 @@ def encode_sglang(record: RoutingRecord, geometry: RoutingGeometry) -> str:
     Raises:
         PayloadError: the record is of another model than the geometry.
     """
-    return pybase64.b64encode_as_string(all_layers(record, geometry, _WIRE).tobytes())
+    return base64.encode(all_layers(record, geometry, _WIRE).tobytes())
 
 
 def all_layers(record: RoutingRecord, geometry: RoutingGeometry, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -101,8 +100,8 @@ def _int32(payload: str | bytes, geometry: RoutingGeometry, rows: int) -> NDArra
             f"{_hint(len(payload), geometry)}"
         )
     try:
-        raw = pybase64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
+        raw = base64.decode(payload)
+    except ValueError as error:
         raise PayloadError(f"expected routed experts as base64 of {shape}, got text that is not: {error}") from error
     if len(raw) != rows * row_bytes:
         raise PayloadError(f"expected routed experts of {shape}, {rows * row_bytes} bytes, got {len(raw)}")
