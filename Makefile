@@ -2,6 +2,7 @@
 # make test    every test          make lint   ruff and mypy
 # make gpu     kernels on a GPU    make bench  benchmarks      make docs   docs/*.md checked
 # make test-sglang   against real SGLang on this machine's CPU, in an environment of its own; some minutes
+# make fuzz   the parsers, by coverage; ARGS="--seconds 600 reply"
 # Each target sets itself up in .venv; a second run installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ INTERPRETED := tests/kernels tests/trainer/test_same_step.py
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install train test test-sglang lint gpu bench docs clean
+.PHONY: install train test test-sglang fuzz lint gpu bench docs clean
 install:
 	@VENV=$(VENV) $(PYTHON) scripts/install.py
 
@@ -30,6 +31,10 @@ test: install
 test-sglang: install
 	@VENV=$(SGLANG) $(PYTHON) scripts/install_sglang.py
 	PACENOTE_SGLANG=$(abspath $(SGLANG))/bin/python $(BIN)/python -m pytest tests/sglang $(ARGS)
+
+# What is found out is left in $(OUT)/fuzz.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --out $(OUT)/fuzz $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def unpack_turn(head: str, arrays: bytes, turns: Sequence[Turn]) -> tuple[Pendin
         turns: the session's earlier turns, by number.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError, SafetensorError: not what `pack_turn` wrote.
+        BadRequest, KeyError, IndexError, TypeError, ValueError, SafetensorError: not what `pack_turn` wrote.
     """
     body, found = orjson.loads(head), load(arrays)
     prompt, message = body["prompt"], _restored(body["answer"]["message"])
