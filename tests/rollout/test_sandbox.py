@@ -5,6 +5,7 @@ On one process and behind the gate of two, byte by byte: what clients would tidy
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ADMIN = "an-admin-token-of-mine"
 SECRET = "what-the-other-one-said"
+QUIET = 0.3  # seconds after which a server that has answered and keeps its connection is taken to wait
 OURS = {
     "model", "messages", "input_ids", "stream", "logprobs", "return_meta_info", "no_stop_trim", "return_routed_experts",
     "routed_experts_start_len", "tools",
@@ -47,17 +49,19 @@ class Sandbox:
     mine: str
     key: str
     other: str
+    admin: httpx.Client
 
     def send(self, raw: str | bytes) -> bytes:
-        """Send bytes, and all that comes back until the server closes or says nothing more."""
+        """Send bytes, and all that comes back until the server closes or has nothing more to say."""
         url = httpx.URL(self.url)
         filled = raw if isinstance(raw, bytes) else self.filled(raw).encode("latin-1")
-        parts = []
+        parts = [b""]
         with socket.create_connection((url.host, url.port or 80), timeout=WAIT) as client:
             client.sendall(filled)
-            client.shutdown(socket.SHUT_WR)
-            while data := client.recv(65536):
-                parts.append(data)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while data := client.recv(65536):
+                    parts.append(data)
+                    client.settimeout(QUIET)
         return b"".join(parts)
 
     def filled(self, text: str) -> str:
@@ -66,9 +70,7 @@ class Sandbox:
 
     def state(self) -> list[Any]:
         """All that an admin sees."""
-        headers = {"authorization": f"Bearer {ADMIN}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=WAIT, trust_env=False) as http:
-            return [http.get(f"/sessions/{session}").json() for session in (self.mine, self.other)]
+        return [self.admin.get(f"/sessions/{session}").json() for session in (self.mine, self.other)]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["process", "gate"])
@@ -82,15 +84,16 @@ def sandbox(
     command = sessions_command(tiny_dir, upstream=scripted.url, port=port, extra=options)
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     server = Service("sessions", command, url=url, log=log, env={"PACENOTE_AUTH_TOKENS": ADMIN})
-    with server, httpx.Client(base_url=url, timeout=WAIT, trust_env=False) as http:
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    with server, httpx.Client(base_url=url, headers=headers, timeout=WAIT, trust_env=False) as http:
         server.wait_healthy(WAIT)
-        made = [http.post("/sessions", headers={"authorization": f"Bearer {ADMIN}"}).json() for _ in range(2)]
+        made = [http.post("/sessions").json() for _ in range(2)]
         for session, text in zip(made, ("mine", SECRET), strict=True):
             path, bearer = f"/sessions/{session['session_id']}", {"authorization": f"Bearer {session['api_key']}"}
             body = {"messages": [{"role": "user", "content": text}]}
             assert http.post(f"{path}/v1/chat/completions", json=body, headers=bearer).status_code == 200
         mine, other = made
-        yield Sandbox(url=url, mine=mine["session_id"], key=mine["api_key"], other=other["session_id"])
+        yield Sandbox(url=url, mine=mine["session_id"], key=mine["api_key"], other=other["session_id"], admin=http)
     assert "Traceback" not in log.read_text()
 
 
@@ -113,7 +116,8 @@ TARGETS = [
     "http://x/sessions/{other}/v1/models", "http://{mine}@x/sessions/{other}", "http://x:1/sessions/{other}/samples",
     "/sessions/{mine};/../{other}", "/sessions/{other}?/sessions/{mine}", "/sessions/{other}#/sessions/{mine}",
     "/sessions/{mine}\\..\\{other}", "/sessions/{mine}/v1%2f..%2fsamples", "/sessions/%7bmine%7d/v1/models",
-    "/metrics", "//metrics", "/metrics/", "/metrics%2f", "/%6d%65trics", "/metrics?x", "http://x/metrics", "/metrics%0a",
+    "/metrics", "//metrics", "/metrics/", "/metrics%2f", "/%6d%65trics", "/metrics?x", "http://x/metrics",
+    "/metrics%0a",
     "/sessions/{mine}/metrics", "/sessions/{mine}/v1/../../../metrics", "/sessions", "/sessions/", "/sessions%2f",
     "/sessions/{mine}/v1/loads", "/sessions/{mine}/v1/conversations/1", "/sessions/{mine}/v1/files/x/content",
     "/sessions/{mine}/flush_cache", "/sessions/{mine}/v1/../flush_cache", "/sessions/{mine}/server_info/../metrics",
@@ -121,9 +125,12 @@ TARGETS = [
 ]  # fmt: skip
 
 
+METHODS = ("GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "CONNECT")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_path_leads_out(kept: Sandbox, engine: ScriptedEngine, target: str) -> None:
-    for method in ("GET", "POST", "DELETE", "PUT", "HEAD", "PATCH", "OPTIONS", "CONNECT", "TRACE"):
+    for method in METHODS:
         body = json.dumps({"messages": [USER], "include_superseded": True}) if method == "POST" else ""
         answer = kept.send(
             f"{method} {target} HTTP/1.1\r\nHost: {{other}}\r\nAuthorization: Bearer {{key}}\r\nConnection: close\r\n"
@@ -174,16 +181,19 @@ SMUGGLED = {
 def test_nothing_rides_along(kept: Sandbox, engine: ScriptedEngine, case: str) -> None:
     """Whatever is hidden in a request, or follows it: each is let in, or not, by its own path and its own token."""
     answer = kept.send(SMUGGLED[case])
+    assert answer.startswith(b"HTTP/1.1 ")
+    statuses = [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+    assert set(statuses) <= {200, 400, 401, 403, 404, 405}
+    assert statuses.count(200) <= 1  # of the listing that is the agent's
     assert SECRET.encode() not in answer
-    statuses = [part.split(b" ")[1] for part in answer.split(b"HTTP/1.1 ")[:0]]
-    assert not {b"204", b"500"} & set(statuses)
     assert b'"records"' not in answer
     assert engine.bodies == []
 
 
 FIELDS = (
     "input_ids", "logprobs", "return_meta_info", "return_routed_experts", "routed_experts_start_len", "no_stop_trim",
-    "weight_version", "weight_versions", "rid", "extra_key", "cache_salt", "priority", "data_parallel_rank", "lora_path",
+    "weight_version", "weight_versions", "rid", "extra_key", "cache_salt", "priority", "data_parallel_rank",
+    "lora_path",
     "session_id", "session_params", "custom_logit_processor", "custom_params", "bootstrap_host", "bootstrap_port",
     "bootstrap_room", "return_hidden_states", "return_prompt_token_ids", "return_token_ids", "regex", "ebnf",
     "stop_regex", "continue_final_message", "skip_special_tokens", "separate_reasoning", "stream_reasoning", "task",
@@ -220,21 +230,29 @@ def test_a_template_of_the_agents_own(kept: Sandbox, engine: ScriptedEngine) -> 
     assert engine.bodies == []
 
 
-def test_a_head_without_end(kept: Sandbox) -> None:
-    """It is refused before it has filled memory; nobody has been asked for a key yet."""
+ENDLESS = {
+    "a line": "GET /health HTTP/1.1\r\nX: ",
+    "a target": "GET /health?",
+    "a trailer": "POST /sessions/{mine}/v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer {key}\r\n"
+    "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: ",
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_head_without_end(kept: Sandbox, case: str) -> None:
+    """It is refused before it has filled memory; nobody need have shown a key."""
     url = httpx.URL(kept.url)
     with socket.create_connection((url.host, url.port or 80), timeout=WAIT) as client:
-        client.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        client.sendall(kept.filled(ENDLESS[case]).encode())
         sent, said = 0, b""
         client.settimeout(0.01)
-        while not said and sent < 64 << 20:
-            try:
-                sent += client.send(b"a" * 65536)
-                said = client.recv(65536)
-            except TimeoutError:
-                continue
-            except ConnectionError:
-                break
+        while not said and sent < 16 << 20:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    sent += client.send(b"a" * 65536)
+                    said = client.recv(65536)
+                except ConnectionError:  # closed, before what it said was read
+                    break
         assert sent < 8 << 20
         assert not said or said.startswith(b"HTTP/1.1 431 ")
 
