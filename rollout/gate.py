@@ -34,12 +34,15 @@ class _Refusal(Exception):
 
     def __init__(self, status: str, code: str, message: str) -> None:
         super().__init__(message)
-        kind = "server_error" if status.startswith("5") else "invalid_request_error"
-        body = orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
-        self.answer = (
-            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
-        ).encode() + body
+        self.answer = refusal(status, code, message)
+
+
+def refusal(status: str, code: str, message: str) -> bytes:
+    """A whole answer in OpenAI's shape, for what never becomes a request; the connection ends with it."""
+    kind = "server_error" if status.startswith("5") else "invalid_request_error"
+    body = orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+    head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return f"{head}connection: close\r\n\r\n".encode() + body
 
 
 class Gate:
@@ -69,9 +72,9 @@ class Gate:
                     await self._pass_on(path, head, reader, writer)
             except asyncio.LimitOverrunError:
                 message = f"the request's head is above {HEAD} bytes"
-                await _say(writer, _Refusal("431 Too Large", "bad_request", message).answer)
-            except _Refusal as refusal:
-                await _say(writer, refusal.answer)
+                await _say(writer, refusal("431 Too Large", "bad_request", message))
+            except _Refusal as refused:
+                await _say(writer, refused.answer)
         writer.close()
 
     async def _pass_on(

@@ -16,34 +16,32 @@ import uvloop
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from pacenote.rollout.gate import HEAD, refusal
+
 BACKLOG = 2048
-HEAD = 64 << 10  # bytes of a request's head
-_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
-class _Protocol(HttpToolsProtocol):
-    """HTTP/1.1 whose heads have an end: uvicorn's own reads on for as long as one is sent."""
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, with a bound on heads and trailers, which are kept in memory whole: nobody has shown a key yet."""
 
-    _head: int | None = 0  # bytes of a head that has begun; None: none is awaited
+    _unread = 0  # bytes that came since there was a whole head, or a part of a body
 
     def data_received(self, data: bytes) -> None:
-        """Read on; refuse a head of more than HEAD bytes."""
+        self._unread += len(data)
         super().data_received(data)
-        if self._head is not None:
-            self._head += len(data)
-            if self._head > HEAD and not self.transport.is_closing():
-                self.transport.write(_TOO_LARGE)
-                self.transport.close()
-
-    def on_message_begin(self) -> None:
-        """A head begins."""
-        self._head = 0
-        super().on_message_begin()
+        if self._unread > HEAD and not self.transport.is_closing():
+            if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                message = f"the request's head is above {HEAD} bytes"
+                self.transport.write(refusal("431 Too Large", "bad_request", message))
+            self.transport.close()
 
     def on_headers_complete(self) -> None:
-        """It has ended."""
-        self._head = None
+        self._unread = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
 
 
 class _Server(uvicorn.Server):
@@ -73,9 +71,9 @@ def run(app: ASGIApp, listener: socket.socket, *, drain: float = 0.0) -> None:
         log_level="warning",
         access_log=False,
         ws="none",
+        http=_Connection,
         timeout_graceful_shutdown=math.ceil(drain),
         backlog=BACKLOG,
-        http=_Protocol,
         log_config=None,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

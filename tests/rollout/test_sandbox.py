@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from tests.rollout.conftest import ScriptedEngine, Served
 
 ADMIN = "an-admin-token-of-mine"
-SILENCE = 0.4  # seconds without a word: the server says no more
 SECRET = "what-the-other-one-said"
+QUIET = 0.3  # seconds after which a server that has answered and keeps its connection is taken to wait
 OURS = {
     "model", "messages", "input_ids", "stream", "logprobs", "return_meta_info", "no_stop_trim", "return_routed_experts",
     "routed_experts_start_len", "tools",
@@ -50,19 +49,19 @@ class Sandbox:
     mine: str
     key: str
     other: str
+    admin: httpx.Client
 
     def send(self, raw: str | bytes) -> bytes:
-        """Send bytes, and all that comes back until the server closes or says nothing more."""
+        """Send bytes, and all that comes back until the server closes or has nothing more to say."""
         url = httpx.URL(self.url)
         filled = raw if isinstance(raw, bytes) else self.filled(raw).encode("latin-1")
-        parts = []
-        with (
-            socket.create_connection((url.host, url.port or 80), timeout=SILENCE) as client,
-            contextlib.suppress(TimeoutError, ConnectionError),
-        ):
+        parts = [b""]
+        with socket.create_connection((url.host, url.port or 80), timeout=WAIT) as client:
             client.sendall(filled)
-            while data := client.recv(65536):
-                parts.append(data)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while data := client.recv(65536):
+                    parts.append(data)
+                    client.settimeout(QUIET)
         return b"".join(parts)
 
     def filled(self, text: str) -> str:
@@ -71,9 +70,7 @@ class Sandbox:
 
     def state(self) -> list[Any]:
         """All that an admin sees."""
-        headers = {"authorization": f"Bearer {ADMIN}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=WAIT, trust_env=False) as http:
-            return [http.get(f"/sessions/{session}").json() for session in (self.mine, self.other)]
+        return [self.admin.get(f"/sessions/{session}").json() for session in (self.mine, self.other)]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["process", "gate"])
@@ -87,15 +84,16 @@ def sandbox(
     command = sessions_command(tiny_dir, upstream=scripted.url, port=port, extra=options)
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     server = Service("sessions", command, url=url, log=log, env={"PACENOTE_AUTH_TOKENS": ADMIN})
-    with server, httpx.Client(base_url=url, timeout=WAIT, trust_env=False) as http:
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    with server, httpx.Client(base_url=url, headers=headers, timeout=WAIT, trust_env=False) as http:
         server.wait_healthy(WAIT)
-        made = [http.post("/sessions", headers={"authorization": f"Bearer {ADMIN}"}).json() for _ in range(2)]
+        made = [http.post("/sessions").json() for _ in range(2)]
         for session, text in zip(made, ("mine", SECRET), strict=True):
             path, bearer = f"/sessions/{session['session_id']}", {"authorization": f"Bearer {session['api_key']}"}
             body = {"messages": [{"role": "user", "content": text}]}
             assert http.post(f"{path}/v1/chat/completions", json=body, headers=bearer).status_code == 200
         mine, other = made
-        yield Sandbox(url=url, mine=mine["session_id"], key=mine["api_key"], other=other["session_id"])
+        yield Sandbox(url=url, mine=mine["session_id"], key=mine["api_key"], other=other["session_id"], admin=http)
     assert "Traceback" not in log.read_text()
 
 
@@ -127,10 +125,12 @@ TARGETS = [
 ]  # fmt: skip
 
 
+METHODS = ("GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "CONNECT")
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_path_leads_out(kept: Sandbox, engine: ScriptedEngine, target: str, long: bool) -> None:
-    others = ("PUT", "HEAD", "PATCH", "OPTIONS", "CONNECT", "TRACE")
-    for method in ("GET", "POST", "DELETE", *(others if long else random.Random(target).sample(others, 1))):
+def test_no_path_leads_out(kept: Sandbox, engine: ScriptedEngine, target: str) -> None:
+    for method in METHODS:
         body = json.dumps({"messages": [USER], "include_superseded": True}) if method == "POST" else ""
         answer = kept.send(
             f"{method} {target} HTTP/1.1\r\nHost: {{other}}\r\nAuthorization: Bearer {{key}}\r\nConnection: close\r\n"
@@ -181,9 +181,11 @@ SMUGGLED = {
 def test_nothing_rides_along(kept: Sandbox, engine: ScriptedEngine, case: str) -> None:
     """Whatever is hidden in a request, or follows it: each is let in, or not, by its own path and its own token."""
     answer = kept.send(SMUGGLED[case])
+    assert answer.startswith(b"HTTP/1.1 ")
+    statuses = [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+    assert set(statuses) <= {200, 400, 401, 403, 404, 405}
+    assert statuses.count(200) <= 1  # of the listing that is the agent's
     assert SECRET.encode() not in answer
-    statuses = {part.split(b" ")[0] for part in answer.split(b"HTTP/1.1 ")[1:]}
-    assert statuses <= {b"200", b"400", b"401", b"403", b"404", b"405", b"426", b"501"}, answer
     assert b'"records"' not in answer
     assert engine.bodies == []
 
@@ -228,21 +230,29 @@ def test_a_template_of_the_agents_own(kept: Sandbox, engine: ScriptedEngine) -> 
     assert engine.bodies == []
 
 
-def test_a_head_without_end(kept: Sandbox) -> None:
-    """It is refused before it has filled memory; nobody has been asked for a key yet."""
+ENDLESS = {
+    "a line": "GET /health HTTP/1.1\r\nX: ",
+    "a target": "GET /health?",
+    "a trailer": "POST /sessions/{mine}/v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer {key}\r\n"
+    "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: ",
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_head_without_end(kept: Sandbox, case: str) -> None:
+    """It is refused before it has filled memory; nobody need have shown a key."""
     url = httpx.URL(kept.url)
     with socket.create_connection((url.host, url.port or 80), timeout=WAIT) as client:
-        client.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        client.sendall(kept.filled(ENDLESS[case]).encode())
         sent, said = 0, b""
         client.settimeout(0.01)
-        while not said and sent < 64 << 20:
-            try:
-                sent += client.send(b"a" * 65536)
-                said = client.recv(65536)
-            except TimeoutError:
-                continue
-            except ConnectionError:
-                break
+        while not said and sent < 16 << 20:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    sent += client.send(b"a" * 65536)
+                    said = client.recv(65536)
+                except ConnectionError:  # closed, before what it said was read
+                    break
         assert sent < 8 << 20
         assert not said or said.startswith(b"HTTP/1.1 431 ")
 
