@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -23,6 +24,7 @@ CODE = "pacenote.code"
 """Where in a request's scope the code of its error stands."""
 FORMATS = ("off", "text", "json")
 _GIVEN = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+_SPACED = re.compile(r"[\s\"]")
 _SESSION = re.compile(r"/sessions/([^/]{1,256})")
 _current: ContextVar[str] = ContextVar("request_id", default="")
 log = logging.getLogger("pacenote.requests")
@@ -110,7 +112,15 @@ class Lines(logging.Formatter):
             fields["error"] = self.formatException(record.exc_info)
         if self._json:
             return orjson.dumps(fields, default=str).decode()
-        return " ".join(f"{name}={value}" for name, value in fields.items())
+        return " ".join(f"{name}={_word(name, str(value))}" for name, value in fields.items())
+
+
+def _word(name: str, value: str) -> str:
+    """A value that ends where it seems to: a path may hold line ends and what looks like other fields."""
+    if name == "error":  # of a traceback, which has lines
+        return value
+    plain = value.isprintable() and (name == "event" or not _SPACED.search(value))
+    return value if plain else json.dumps(value)
 
 
 class _Stderr(logging.Handler):

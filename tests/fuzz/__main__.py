@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="0 draws one")
     parser.add_argument("--model", type=Path, help="directory of the tiny model; built if left out")
     parser.add_argument("--out", type=Path, default=Path(), help="where inputs go that are found out")
+    parser.add_argument("--fault", action="store_true", help="break a parser, to see that it is found out")
     options = parser.parse_args()
     folder, parent = Path(tempfile.mkdtemp()), os.getpid()
     try:
         found = {target.name: target for target in _loaded(options.model, folder)}
+        if options.fault:
+            found["path"] = replace(found["path"], start=lambda: _broken)
         if unknown := sorted(set(options.targets) - set(found)):
             parser.error(f"expected targets of {', '.join(found)}, got {', '.join(unknown)}")
         options.out.mkdir(parents=True, exist_ok=True)
@@ -96,6 +100,12 @@ def _fuzzed(target: Target, corpus: Path, options: argparse.Namespace) -> bool:
     if code:
         print(said[-LONGEST:], flush=True)
     return code == 0
+
+
+def _broken(path: bytes) -> None:
+    """No seed has what it stumbles over."""
+    if b"%" in path:
+        raise KeyError(path)
 
 
 def _mutator(target: Target) -> object:

@@ -14,7 +14,7 @@ from pacenote.rollout.nesting import is_deeper
 
 TEXT = st.text(st.sampled_from('a"\\[]{}:, \n\u00e9\0'), max_size=12)
 VALUE = st.recursive(
-    TEXT | st.none() | st.integers(),
+    TEXT | st.none() | st.integers(-(2**63 - 1), 2**63),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=20,
 )

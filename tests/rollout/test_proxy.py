@@ -170,6 +170,7 @@ CHANGES = [
     "continue_generation", "release_memory_occupation", "load_lora_adapter", "start_profile", "workers", "add_worker",
     "open_session", "configure_logging", "v1/responses/x/cancel", "get_weights_by_name", "slow_down", "FLUSH_CACHE",
     "set_internal_state", "collective_rpc", "sleep", "v1/tokenizers", "dump_expert_distribution_record",
+    "set_trace_level", "pd_role_switch", "add_external_corpus", "remove_external_corpus", "list_external_corpora",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def test_content_only_if_asked(
     [line] = [line for line in lines if line["event"] == "chat"]
     assert line["appended"] == [{"role": "user", "content": "a secret word"}]
     assert line["answers"][0]["role"] == "assistant"
+
+
+def test_a_path_forges_no_line(http: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever chooses a path or an id chooses no other field, and no line."""
+    request_log.configure("text")
+    try:
+        http.get("/sessions/a%0Atime=now event=chat/x%20status=200%20y%22/z")
+    finally:
+        request_log.configure("off")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "event=" in line]
+    assert 'session_id="a\\ntime=now event=chat"' in line
+    assert re.findall(r" (\w+)=", re.sub(r'"(\\.|[^"\\])*"', '""', line))[-4:] == ["method", "path", "status", "ms"]
 
 
 @pytest.mark.parametrize("kind", ["text", "json"])
