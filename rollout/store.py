@@ -193,7 +193,8 @@ class MemoryStore:
 
     async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
-        self._forget(session_id, DELETED)
+        if len(session_id) <= MAX_ID:  # else nobody ever has it
+            self._forget(session_id, DELETED)
 
     async def expire(self, idle: float, busy: Collection[str]) -> list[str]:
         """See `SessionStore.expire`."""
@@ -254,7 +255,7 @@ class MemoryStore:
         if (session := self._sessions.pop(session_id, None)) is not None:
             self._held -= session.bytes
         self._used.pop(session_id, None)
-        self._gone.setdefault(session_id[:MAX_ID], reason)
+        self._gone.setdefault(session_id, reason)
         while len(self._gone) > self._remembered:
             del self._gone[next(iter(self._gone))]
 
@@ -313,7 +314,8 @@ class JournalStore(MemoryStore):
 
     async def delete(self, session_id: str) -> None:
         """See `SessionStore.delete`."""
-        await self._whole(self._end(session_id, DELETED))
+        if len(session_id) <= MAX_ID:
+            await self._whole(self._end(session_id, DELETED))
 
     async def expire(self, idle: float, busy: Collection[str]) -> list[str]:
         """See `SessionStore.expire`."""
@@ -358,9 +360,9 @@ class JournalStore(MemoryStore):
             return
         self._forget(session_id, reason)
         try:
-            await self._journal.end(session_id[:MAX_ID], reason)
+            await self._journal.end(session_id, reason)
         except BaseException:
-            self._gone.pop(session_id[:MAX_ID], None)
+            self._gone.pop(session_id, None)
             if session is not None:
                 self._hold(session)
                 self._used[session_id] = used

@@ -174,8 +174,9 @@ def test_ids_have_a_length(store: MemoryStore) -> None:
     assert len(store.open("x" * MAX_ID).id) == MAX_ID
     with pytest.raises(BadRequest, match="at most 256 characters, got 257"):
         store.open("x" * (MAX_ID + 1))
-    asyncio.run(store.delete("y" * (MAX_ID + 1)))  # remembers no more of it than an id can have
+    asyncio.run(store.delete("y" * (MAX_ID + 1)))  # nobody has it, and it is no other's
     assert store.find("y" * (MAX_ID + 1)) is None
+    assert store.find("y" * MAX_ID) is None
 
 
 def test_the_memory_of_deleted_ids_is_bounded(store: MemoryStore) -> None:
