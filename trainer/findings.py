@@ -143,6 +143,10 @@ def _warnings(rows: list[dict[str, Any]], replay: str, *, exact: bool = False) -
         out.append(f"{missing} tokens had no row to replay and were routed freely.")
     if invalid := total(rows, "rows_invalid"):
         out.append(f"{invalid} rows (once a layer) had duplicate or out-of-range experts and were routed freely.")
+    if skipped := total(rows, "skipped_not_finite") + total(rows, "skipped_spike"):
+        out.append(
+            f"{skipped} optimizer steps were skipped, since their loss or gradient was not finite or far too large."
+        )
     if failed := total(rows, "episodes_failed"):
         out.append(f"{failed} episodes failed in transport and were not trained on.")
     if unrewarded := total(rows, "episodes_unrewarded") - total(rows, "episodes_failed"):

@@ -194,7 +194,7 @@ def one_step(
 
     backend.audit()  # the counters so far are of the measurements
     lr = backend.set_lr(version, config.steps)
-    learnt = update(backend, prepared, config.loss, step=version, answer_tokens=config.rollout.max_tokens)
+    learnt = update(backend, prepared, config.loss, answer_tokens=config.rollout.max_tokens)
     times.append(time.perf_counter())
     if version % config.samples_every == 0 or version == config.steps - 1:
         run.write_samples(version, episodes)

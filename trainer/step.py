@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from pacenote.trainer.gap import Gap, Meter
 from pacenote.trainer.guard import Reason
 from pacenote.trainer.hf import HfBackend
 
-log = logging.getLogger(__name__)
 ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
 """Whose experts an update replays: nobody's, the engine's (R3), the trainer's own of before the update (R2), or the
 engine's in the first optimizer step of a training step and the trainer's own in those that follow."""
@@ -89,7 +87,6 @@ def update(
     steps: Sequence[Sequence[Prepared]],
     config: PolicyConfig,
     *,
-    step: int,
     answer_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Take one optimizer step per entry of `steps`; gradients of its microbatches add up to the whole's.
@@ -99,7 +96,6 @@ def update(
         steps: microbatches by optimizer step.
         config: the loss. Its denominator is the whole optimizer step's: trained tokens, samples or groups that have
             any, or for "constant" such samples times `answer_tokens` (Dr. GRPO, arXiv 2503.20783).
-        step: number of the training step, for messages.
         answer_tokens: tokens that an answer may have.
 
     Returns:
@@ -122,7 +118,6 @@ def update(
         norm, reason = backend.apply_gradients(loss=sum(part["loss"] for part in said))
         if reason is not None:
             skipped[reason] += 1
-            log.warning("step %d: an optimizer step was skipped (%s, %g)", step, reason, norm)
             continue
         parts += said
         norms.append(norm)

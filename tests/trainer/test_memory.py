@@ -54,6 +54,6 @@ def test_no_logits_in_a_step(
     monkeypatch.setattr(logprob_chunks, "CHUNK_NUMBERS_GPU", CHUNK * len(weight))
     with Logits(weight) as seen:
         prepared, _ = prepare(backend, [items], "rollout")
-        learnt = update(backend, prepared, PolicyConfig(entropy_coef=0.01, ratio=ratio), step=0)
+        learnt = update(backend, prepared, PolicyConfig(entropy_coef=0.01, ratio=ratio))
     assert seen.rows == CHUNK
     assert learnt["grad_norm"] > 0

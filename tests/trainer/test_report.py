@@ -74,6 +74,7 @@ def test_trouble_is_reported() -> None:
     assert "7 tokens had no row" in texts([row(0, rows_missing=3), row(1, rows_missing=4)])
     assert "2 rows (once a layer)" in texts([row(0, rows_invalid=2)])
     assert "1 episodes failed" in texts([row(0, episodes_failed=1, episodes_unrewarded=1)])
+    assert "3 optimizer steps were skipped" in texts([row(0, skipped_spike=1), row(1, skipped_not_finite=2)])
     assert "Replay was off" in texts([row(0)], "off")
     assert "does not close the gap" in texts([row(0)], "trainer")
     assert texts([]) == "warning: No step was finished."

@@ -86,7 +86,7 @@ def step(directory: Path, trajectories: list[Trajectory], *, double: bool = Fals
         return 1.0, None
 
     backend.apply_gradients = keep  # type: ignore[method-assign]
-    metrics = update(backend, prepared, CONFIG, step=0)
+    metrics = update(backend, prepared, CONFIG)
     old = torch.cat([item.batch.old_logprobs[item.batch.loss_mask] for item in prepared[0]])  # type: ignore[index]
     return Step(batches, experts, old.cpu(), gradients, metrics, backend.audit())
 

@@ -186,7 +186,7 @@ def gradients(
         return 1.0, None
 
     backend.apply_gradients = capture  # type: ignore[method-assign]
-    said = update(backend, prepared, config, step=0, answer_tokens=LENGTH)
+    said = update(backend, prepared, config, answer_tokens=LENGTH)
     assert said["tokens"] == sum(t.trained for t in trajectories)
     assert said["samples"] == COUNT
     kept.append(torch.tensor(said["loss"]))
@@ -209,7 +209,7 @@ def test_update_moves_the_weights_and_reports(backend: HfBackend, trajectories: 
     before = [p.detach().clone() for p in backend.model.parameters()]
     prepared, _ = prepare(backend, [microbatches(samples(trajectories), backend.config, "cpu")], "rollout")
     backend.audit()
-    said = update(backend, prepared, PolicyConfig(entropy_coef=0.01), step=0)
+    said = update(backend, prepared, PolicyConfig(entropy_coef=0.01))
     assert said["ratio_mean"] == pytest.approx(1.0, abs=1e-4), "the first update starts from the old policy"
     assert said["grad_norm"] > 0
     assert 0.9 < said["tis_mean"] < 1.1
@@ -226,9 +226,9 @@ def test_the_kl_is_to_the_reference_under_the_same_routes(
     steps = [microbatches(samples(trajectories), backend.config, "cpu")]
     config = PolicyConfig(kl_coef=0.5, kl_type="k3")
     prepared, _ = prepare(backend, steps, "rollout", reference=reference)
-    assert update(backend, prepared, config, step=0)["kl_reference"] == pytest.approx(0.0, abs=1e-6)
+    assert update(backend, prepared, config)["kl_reference"] == pytest.approx(0.0, abs=1e-6)
     prepared, _ = prepare(backend, steps, "rollout", reference=reference)
-    said = update(backend, prepared, config, step=1)
+    said = update(backend, prepared, config)
     gaps = []
     for item in prepared[0]:
         assert item.reference is not None
@@ -247,26 +247,26 @@ def test_nan_never_touches_the_weights(backend: HfBackend, trajectories: list[Tr
     poisoned = prepared[0][0]
     advantages = torch.full_like(poisoned.batch.advantages, float("nan"))
     prepared[0][0] = replace(poisoned, batch=replace(poisoned.batch, advantages=advantages))
-    said = update(backend, prepared, PolicyConfig(), step=7)
+    said = update(backend, prepared, PolicyConfig())
     assert (said["steps_taken"], said["skipped_not_finite"], said["skipped_spike"]) == (0, 1, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
     assert all(p.grad is None for p in backend.model.parameters())
     backend.guard = Guard(GuardConfig(max_skips=0))
     with pytest.raises(NotFinite, match=r"1 optimizer steps in a row were skipped, .* of nan \(not_finite\)"):
-        update(backend, prepared, PolicyConfig(), step=8)
+        update(backend, prepared, PolicyConfig())
     assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
 
 
 def test_checkpoint_round_trip(backend: HfBackend, trajectories: list[Trajectory], tmp_path: Path) -> None:
     """A restored run takes the same next step, bit for bit."""
     steps = [microbatches(samples(trajectories), backend.config, "cpu")]
-    update(backend, prepare(backend, steps, "rollout")[0], PolicyConfig(), step=0)
+    update(backend, prepare(backend, steps, "rollout")[0], PolicyConfig())
     path = checkpoint.save(tmp_path, backend, step=1, keep=2)
     assert checkpoint.latest(tmp_path) == (1, path)
     other = HfBackend(path / "model", backend.config, device="cpu", temperature=1.0)
     checkpoint.restore(path, other)
     for one in (backend, other):
-        update(one, prepare(one, steps, "rollout")[0], PolicyConfig(), step=1)
+        update(one, prepare(one, steps, "rollout")[0], PolicyConfig())
     pairs = zip(backend.model.state_dict().items(), other.model.state_dict().values(), strict=True)
     assert not [name for (name, a), b in pairs if not torch.equal(a, b)]
 
