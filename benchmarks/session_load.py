@@ -99,6 +99,8 @@ async def health_watched(port: int) -> AsyncIterator[list[float]]:
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"\n", "the server is not well"
     try:
         yield seen
     finally:
@@ -110,7 +112,8 @@ def _ask_for_health(port: int, every: float = 0.02) -> list[float]:
     """Until standard input ends."""
     seen = []
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    while not select.select([sys.stdin], [], [], every)[0]:
+    print(flush=True)  # it begins
+    while not seen or not select.select([sys.stdin], [], [], every)[0]:
         began = time.perf_counter()
         connection.request("GET", "/health")
         answer = connection.getresponse()
