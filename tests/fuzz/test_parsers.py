@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.mutate import mutate_json
@@ -49,6 +49,7 @@ def test_parsers_raise_what_they_document(tiny_dir: Path, tmp_path: Path, long: 
     assert long or all(": 2000 runs, sound" in line for line in lines[:-1])
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | st.text(max_size=3),

@@ -48,7 +48,7 @@ Make = Callable[..., dict[str, Any]]
         ({"tools": [{"type": "function"}]}, "tools", "tools[0] must be an object with a function"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize cannot be set"),
         ({"chat_template_kwargs": {"clear_thinking": True}}, "chat_template_kwargs", "clear_thinking is False"),
-        ({"response_format": json.loads("[" * 400 + "]" * 400)}, None, "cannot be passed on to the engine"),
+        ({"response_format": json.loads("[" * 400 + "]" * 400)}, None, "at most 100 levels of lists and objects"),
     ],
 )
 def test_requests_that_cannot_be_served(
@@ -62,7 +62,7 @@ def test_requests_that_cannot_be_served(
     assert records(http, session) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 5000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 90])
 def test_bodies_that_are_no_object(http: httpx.Client, content: bytes) -> None:
     session = start(http)
     assert "the body" in error(http.post(f"{session}/v1/chat/completions", content=content), 400, "bad_request")
