@@ -212,7 +212,8 @@ def read_reply(
     _check_counts(meta, prompt, len(ids))
     versions, name = _versions(meta, len(ids))
     message = choice["message"]
-    rows = None if geometry is None else _rows(cut or _payload(choice), meta, prompt, versions, geometry, start)
+    payload = _payload(choice) if cut is None else cut
+    rows = None if geometry is None else _rows(payload, meta, prompt, versions, geometry, start)
     answer = Answer(
         message=parse_message(message, "the engine's message"),
         ids=ids,
@@ -236,7 +237,7 @@ def _without_rows(raw: bytes) -> tuple[bytes, bytes | None]:
     if found is None:
         return raw, None
     end = raw.find(b'"', found.end())
-    payload = raw[found.end() : end]
+    payload = raw[found.end() : max(end, 0)]
     if end < 0 or b"\\" in payload:
         return raw, None
     return raw[: found.end()] + _CUT.encode() + raw[end:], payload

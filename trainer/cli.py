@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -72,8 +73,8 @@ def _train(words: list[str]) -> int:
             if not words or words[0].startswith("-"):
                 raise ValueError(f"train expects a recipe first; the recipes are: {', '.join(sorted(recipes.RECIPES))}")
             default = recipes.find(words[0])
-            if "--algorithm" in words[:-1]:  # before the flags, which override what it sets
-                default = algorithms.apply(default, words[words.index("--algorithm") + 1])
+            if (name := _algorithm(words)) is not None:  # before the flags, which override what it sets
+                default = algorithms.apply(default, name)
             config = tyro.cli(
                 RunConfig, default=default, args=words[1:], prog=f"pacenote train {words[0]}",
                 description=recipes.RECIPES[words[0]].__doc__,
@@ -89,6 +90,14 @@ def _train(words: list[str]) -> int:
         print(f"{'!' if finding.kind == 'warning' else '-'} {finding.text}")
     print(f"done: open {_short(run.report)}")
     return 0
+
+
+def _algorithm(words: list[str]) -> str | None:
+    """The value of --algorithm, in either way of writing it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--algorithm", nargs="?")
+    name: str | None = parser.parse_known_args(words)[0].algorithm
+    return name
 
 
 def _report(words: list[str]) -> int:

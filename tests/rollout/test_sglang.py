@@ -323,3 +323,32 @@ def test_a_refusal_without_words() -> None:
         "param": "messages",
         "code": "context_length_exceeded",
     }
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        ("", "characters, got 0"),
+        ("cut", "characters, got 3"),
+        ("a\\b", "characters, got 3"),
+        ([], "base64 text, got list"),
+        ({"routed_experts": "AAAA"}, "base64 text, got dict"),
+    ],
+)
+def test_rows_that_are_cut_out_before_json(
+    prompt: Prompt, body: dict[str, Any], answer: Answer, geometry: RoutingGeometry, sent: object, text: str
+) -> None:
+    raw = json.dumps(answer(body, [50, 51], routed_experts=sent)).encode()
+    with pytest.raises(UpstreamError, match=text):
+        read_reply(raw, prompt, geometry)
+
+
+def test_other_things_of_the_rows_name(
+    prompt: Prompt, body: dict[str, Any], answer: Answer, geometry: RoutingGeometry
+) -> None:
+    """Only where the rows stand is it them; a text may say what it likes."""
+    said = '"routed_experts": "AAAA"'
+    plain = read_reply(json.dumps(answer(body, [50, 51], text=said)).encode(), prompt, geometry)
+    assert plain.answer.message.raw["content"] == said
+    odd = {"routed_experts": "AAAA", **answer(body, [50, 51], text=said)}
+    assert read_reply(json.dumps(odd).encode(), prompt, geometry).answer.rows == plain.answer.rows

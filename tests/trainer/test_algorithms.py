@@ -92,5 +92,9 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "tiny", "--algorithm", "gspo", "--loss.clip-low", "0.1", "--help"])
     shown = capsys.readouterr().out
     assert "0.0004" in shown
+    with pytest.raises(SystemExit):
+        main(["train", "tiny", "--algorithm=gspo", "--help"])
+    assert "0.0004" in capsys.readouterr().out
     assert main(["train", "tiny", "--algorithm", "x"]) == 2
+    assert main(["train", "tiny", "--algorithm=x"]) == 2
     assert "unknown algorithm 'x'" in capsys.readouterr().err
