@@ -110,7 +110,7 @@ async def health_watched(port: int) -> AsyncIterator[list[float]]:
 
 def _ask_for_health(port: int, every: float = 0.02) -> list[float]:
     """Until standard input ends."""
-    seen = []
+    seen: list[float] = []
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     print(flush=True)  # it begins
     while not seen or not select.select([sys.stdin], [], [], every)[0]:

@@ -103,10 +103,10 @@ class Archive:
         Raises:
             StartupError: it cannot be read.
         """
-        found = [session for session in living(self._db) if session.id == session_id]
-        for session in found:
+        for session in living(self._db, session_id):
             read_turns(self._db, session)
-        return found[0] if found else None
+            return session
+        return None
 
     def check(self) -> Iterator[str]:
         """What is wrong with it: of the file, of turns without a session, of each session that cannot be read."""

@@ -120,11 +120,12 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
         raise StartupError(f"{path} is a journal of format {version}, and this version reads format {FORMAT}")
 
 
-def living(db: sqlite3.Connection) -> list[Session]:
-    """Sessions that live, oldest first, without their turns."""
+def living(db: sqlite3.Connection, session_id: str | None = None) -> list[Session]:
+    """Sessions that live, oldest first, without their turns; only that of an id, if one is given."""
     found = []
-    order = "SELECT id, created, recovered FROM session WHERE reason IS NULL ORDER BY created, id"
-    for id, created, recovered in db.execute(order):
+    which, given = ("", ()) if session_id is None else ("AND id = ?", (session_id,))
+    order = f"SELECT id, created, recovered FROM session WHERE reason IS NULL {which} ORDER BY created, id"
+    for id, created, recovered in db.execute(order, given):
         session = Session(id, recovered=bool(recovered))
         session.created = created
         found.append(session)

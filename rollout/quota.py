@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pacenote.rollout.bounds import at_least_one
 from pacenote.rollout.errors import QuotaExceeded, SessionTooLarge
 from pacenote.rollout.session import Session
 from pacenote.rollout.share import Share
@@ -30,13 +31,7 @@ class Quota:
     session_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("max sessions", self.sessions),
-            ("max total bytes", self.total_bytes),
-            ("max session bytes", self.session_bytes),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
+        at_least_one(max_sessions=self.sessions, max_total_bytes=self.total_bytes, max_session_bytes=self.session_bytes)
 
     def of(self, share: Share) -> Quota:
         """One process's part, rounded up."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pacenote.rollout.bounds import at_least_one
 from pacenote.rollout.errors import TOO_LONG, BadRequest, ContextOverflow
 from pacenote.rollout.nesting import is_deeper
 
@@ -32,14 +33,12 @@ class RequestLimits:
     new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("max depth", self.depth),
-            ("max messages", self.messages),
-            ("max prompt tokens", self.prompt_tokens),
-            ("max new tokens", self.new_tokens),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
+        at_least_one(
+            max_depth=self.depth,
+            max_messages=self.messages,
+            max_prompt_tokens=self.prompt_tokens,
+            max_new_tokens=self.new_tokens,
+        )
 
     def check_depth(self, raw: bytes) -> None:
         """Look at a body before it is parsed.

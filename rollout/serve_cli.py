@@ -18,7 +18,7 @@ from pacenote.rollout.matching import MODES
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.pairs import Pair
 from pacenote.rollout.quota import Quota
-from pacenote.rollout.request_limits import USUAL
+from pacenote.rollout.request_limits import USUAL, RequestLimits
 from pacenote.rollout.request_log import FORMATS
 from pacenote.rollout.server import SessionConfig, load_front, serve
 from pacenote.rollout.store import open_store
@@ -89,9 +89,10 @@ def serve_command(argv: Sequence[str]) -> int:
     exit_with_parent()
     roles, file = frozenset(options.pop("append_roles")), options.pop("auth_file")
     check, options["pairs"] = options.pop("check_upstream"), tuple(options["pairs"])
-    bounds = {name: options.pop(f"max_{name}") for name in ("sessions", "total_bytes", "session_bytes")}
+    held = {name: options.pop(f"max_{name}") for name in ("sessions", "total_bytes", "session_bytes")}
+    asked = {name: options.pop(f"max_{name}") for name in ("depth", "messages", "prompt_tokens", "new_tokens")}
     try:
-        options["quota"] = Quota(**bounds)
+        options |= {"quota": Quota(**held), "limits": RequestLimits(**asked)}
         options["upstream"] = options["upstream"] or _decode_side(options["pairs"])
         if options["auth"] == "tokens":
             options["tokens"] = read_tokens(file, os.environ)

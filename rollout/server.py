@@ -73,7 +73,7 @@ class SessionConfig:
         tokens: admin tokens for auth "tokens".
         session_ttl: seconds after which a session that nobody uses is forgotten; None keeps it.
         max_body: bytes of a request's body.
-        max_depth, max_messages, max_prompt_tokens, max_new_tokens: see `RequestLimits`.
+        limits: how much one request may ask for.
         quota: how much all processes together may hold.
         pairs: prefill/decode pairs to drive instead of asking `upstream`, each PREFILL_URL,BOOTSTRAP_PORT,DECODE_URL;
             or "auto" alone: those that the gateway at `upstream` lists.
@@ -105,10 +105,7 @@ class SessionConfig:
     tokens: tuple[str, ...] = field(default=(), repr=False)
     session_ttl: float | None = None
     max_body: int = 64 << 20
-    max_depth: int = USUAL.depth
-    max_messages: int = USUAL.messages
-    max_prompt_tokens: int | None = None
-    max_new_tokens: int | None = None
+    limits: RequestLimits = USUAL
     quota: Quota = UNBOUNDED
     pairs: tuple[str, ...] = ()
     probe: bool = False
@@ -143,18 +140,7 @@ class SessionConfig:
         for name, value in (("max body", self.max_body), ("number of workers", self.workers)):
             if value < 1:
                 raise ValueError(f"expected a {name} of at least 1, got {value}")
-        _ = self.limits  # which checks itself
         self._check_auth()
-
-    @property
-    def limits(self) -> RequestLimits:
-        """Of one request."""
-        return RequestLimits(
-            depth=self.max_depth,
-            messages=self.max_messages,
-            prompt_tokens=self.max_prompt_tokens,
-            new_tokens=self.max_new_tokens,
-        )
 
     def _check_auth(self) -> None:
         if self.auth == "tokens":

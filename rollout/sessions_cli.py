@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,7 +99,8 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 
 
 def _show(asked: argparse.Namespace, files: list[Path]) -> int:
-    session = _found(asked.id, files)
+    with ExitStack() as stack:
+        session = _found(asked.id, [stack.enter_context(Archive(file)) for file in files])
     records = session.records()
     if not asked.content:
         records = [{k: v for k, v in record.items() if k not in ("messages", "response")} for record in records]
@@ -124,16 +126,14 @@ def _turn(record: dict[str, Any]) -> str:
 
 
 def _export(asked: argparse.Namespace, files: list[Path]) -> int:
-    ids = asked.ids
-    if not ids:
-        for file in files:
-            with Archive(file) as archive:
-                ids = [*ids, *(entry.id for entry in archive.entries() if entry.reason is None)]
-    asked.out.mkdir(parents=True, exist_ok=True)
-    for id in ids:
-        session = _found(id, files)
-        path = asked.out / f"{quote(id, safe='')}.safetensors"
-        path.write_bytes(encode_samples(session.trajectories(include_superseded=asked.superseded)))
+    with ExitStack() as stack:
+        archives = [stack.enter_context(Archive(file)) for file in files]
+        ids = asked.ids or [entry.id for one in archives for entry in one.entries() if entry.reason is None]
+        asked.out.mkdir(parents=True, exist_ok=True)
+        for id in ids:
+            session = _found(id, archives)
+            path = asked.out / f"{quote(id, safe='')}.safetensors"
+            path.write_bytes(encode_samples(session.trajectories(include_superseded=asked.superseded)))
     print(f"{len(ids)} sessions in {asked.out}")
     return 0
 
@@ -173,14 +173,13 @@ def _compact(asked: argparse.Namespace, files: list[Path]) -> int:
     return 0
 
 
-def _found(session_id: str, files: list[Path]) -> Session:
-    for file in files:
-        with Archive(file) as archive:
-            session = archive.session(session_id)
+def _found(session_id: str, archives: Sequence[Archive]) -> Session:
+    for archive in archives:
+        session = archive.session(session_id)
         if session is not None:
             return session
     raise StartupError(
-        f"no session {session_id} lives in {files[0]}: `pacenote sessions list --ended` shows those there were"
+        f"no session {session_id} lives in {archives[0].path}: `pacenote sessions list --ended` shows those there were"
     )
 
 

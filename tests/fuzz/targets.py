@@ -26,13 +26,13 @@ from pacenote.rollout.chat import Chats
 from pacenote.rollout.completion import Completion
 from pacenote.rollout.errors import BadRequest, ContextOverflow, Forbidden, SessionError, UpstreamError
 from pacenote.rollout.journal_entry import pack_turn, unpack_turn
+from pacenote.rollout.memory_store import MemoryStore
 from pacenote.rollout.messages import ROLES, parse_messages
 from pacenote.rollout.proxy import check_path
 from pacenote.rollout.request_limits import USUAL
 from pacenote.rollout.samples import decode_samples, encode_samples
 from pacenote.rollout.session import Pending
 from pacenote.rollout.sglang import Engine, read_reply, refusal
-from pacenote.rollout.store import MemoryStore
 from pacenote.rollout.template import Template
 from pacenote.rollout.toolcalls import parse_tool_calls, split_reasoning
 from tests.rollout.conftest import GEOMETRY, Player, payload, sglang_answer

@@ -33,11 +33,12 @@ from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
 from pacenote.replay.spec import RoutingGeometry
 from pacenote.rollout.chat import Chats
 from pacenote.rollout.matching import Match
+from pacenote.rollout.memory_store import MemoryStore
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.server import SessionConfig, create_app
 from pacenote.rollout.session import Branch, Session
 from pacenote.rollout.sglang import Engine
-from pacenote.rollout.store import MemoryStore, SessionStore
+from pacenote.rollout.store import SessionStore
 from pacenote.rollout.template import FAMILIES, Template
 from pacenote.rollout.turn import Turn
 

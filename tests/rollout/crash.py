@@ -36,32 +36,31 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pacenote.rollout import chat, completion, journal, journal_entry, journal_file, linear, session, store, turn
+from pacenote.rollout import (
+    chat,
+    completion,
+    journal,
+    journal_entry,
+    journal_file,
+    journal_store,
+    linear,
+    memory_store,
+    session,
+    turn,
+)  # fmt: skip
 from pacenote.rollout.chat import Chats
 from pacenote.rollout.errors import SessionGone
 from pacenote.rollout.journal import Journal
+from pacenote.rollout.journal_store import JournalStore
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.samples import encode_samples
 from pacenote.rollout.session import Session
 from pacenote.rollout.sglang import Engine
-from pacenote.rollout.store import JournalStore
 from pacenote.rollout.template import Template
 from tests.rollout.conftest import GEOMETRY, sglang_answer
 
-WATCHED = frozenset(
-    str(module.__file__)
-    for module in (
-        chat,
-        completion,
-        journal,
-        journal_entry,
-        journal_file,
-        linear,
-        session,
-        store,
-        turn,
-    )
-)
+_MODULES = [chat, completion, journal, journal_entry, journal_file, journal_store, linear, memory_store, session, turn]
+WATCHED = frozenset(str(module.__file__) for module in _MODULES)
 """Where a kill may fall, by line or instruction."""
 STEPS = ("create", "first", "second", "again", "choices", "other", "third", "delete", "fourth")
 State = tuple[Any, ...]

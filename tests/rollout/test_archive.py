@@ -14,10 +14,11 @@ import pytest
 from pacenote.rollout.archive import Archive, parts
 from pacenote.rollout.errors import StartupError
 from pacenote.rollout.journal import Journal
+from pacenote.rollout.journal_store import JournalStore
 from pacenote.rollout.samples import decode_samples, encode_samples
 from pacenote.rollout.sessions_cli import sessions_command
 from pacenote.rollout.share import Share
-from pacenote.rollout.store import JournalStore, open_store
+from pacenote.rollout.store import open_store
 
 if TYPE_CHECKING:
     from tests.rollout.conftest import Player

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from pacenote.rollout.errors import SessionExpired, SessionGone, StartupError, StoreError, StoreFull
 from pacenote.rollout.journal import Journal
 from pacenote.rollout.journal_entry import pack_turn, unpack_turn
+from pacenote.rollout.journal_store import JournalStore
 from pacenote.rollout.matching import Match
 from pacenote.rollout.messages import Message, parse_message, parse_messages
 from pacenote.rollout.samples import encode_samples
 from pacenote.rollout.session import Pending, Session
 from pacenote.rollout.share import Share
-from pacenote.rollout.store import JournalStore, open_store
+from pacenote.rollout.store import open_store
 from pacenote.rollout.turn import Answer, Prompt, Render
 
 if TYPE_CHECKING:

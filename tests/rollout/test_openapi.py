@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ADMIN = "an-admin-token-of-mine"
 LIMITS = RequestLimits(messages=50, new_tokens=1000)
-OPTIONS: dict[str, Any] = {"max_messages": 50, "max_new_tokens": 1000, "append_roles": frozenset(ROLES)}
+OPTIONS: dict[str, Any] = {"limits": LIMITS, "append_roles": frozenset(ROLES)}
 DOCUMENT = document(version="1", guarded=True, limits=LIMITS)
 OPERATIONS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
 NAMES = (

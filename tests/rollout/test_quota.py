@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from pacenote.rollout.errors import QuotaExceeded, SessionTooLarge
 from pacenote.rollout.journal import Journal
+from pacenote.rollout.journal_store import JournalStore
+from pacenote.rollout.memory_store import MemoryStore
 from pacenote.rollout.quota import Quota
 from pacenote.rollout.serve_cli import serve_command
 from pacenote.rollout.share import Share
-from pacenote.rollout.store import JournalStore, MemoryStore
 
 if TYPE_CHECKING:
     from tests.rollout.conftest import Player, ScriptedEngine, Served

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from pacenote.rollout.request_limits import RequestLimits
 from pacenote.rollout.serve_cli import serve_command
-from pacenote.rollout.server import SessionConfig
 from tests.rollout.talk import USER, WAIT, error, start
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ DIALECTS = (CHAT, MESSAGES, RESPONSES)
 @pytest.fixture(scope="module")
 def limited(serve: Callable[..., Served]) -> Iterator[Served]:
     """A session server of narrow bounds."""
-    with serve(max_depth=8, max_messages=3, max_prompt_tokens=60, max_new_tokens=9) as served:
+    with serve(limits=RequestLimits(depth=8, messages=3, prompt_tokens=60, new_tokens=9)) as served:
         yield served
 
 
@@ -148,7 +148,7 @@ def test_what_is_passed_on(http: httpx.Client) -> None:
 def test_bounds_that_cannot_be(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"expected {name.replace('_', ' ')} of at least 1, got 0"
     with pytest.raises(ValueError, match=text):
-        SessionConfig(model="m", upstream="http://x", **{name: 0})  # type: ignore[arg-type]
+        RequestLimits(**{name.removeprefix("max_"): 0})
     flag = f"--{name.replace('_', '-')}"
     assert serve_command(["--model", str(tmp_path), "--upstream", "http://x", flag, "0"]) == 2
     assert capsys.readouterr().err == f"error: {text}\n"

@@ -12,8 +12,10 @@ import pytest
 
 from pacenote.rollout.errors import BadRequest, Misdirected, SessionExpired, SessionGone
 from pacenote.rollout.journal import Journal
+from pacenote.rollout.journal_store import JournalStore
+from pacenote.rollout.memory_store import MAX_ID, MemoryStore
 from pacenote.rollout.share import Share
-from pacenote.rollout.store import MAX_ID, JournalStore, MemoryStore, check_store, open_store
+from pacenote.rollout.store import check_store, open_store
 from pacenote.rollout.turn import Turn
 
 if TYPE_CHECKING:
