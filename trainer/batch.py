@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pacenote.kernels.layout import Layout
 from pacenote.kernels.pack import PackedBatch, pack
 from pacenote.kernels.spec import PROVENANCES, Provenance
 from pacenote.rollout.trajectory import Trajectory
-from pacenote.trainer.hf import OptimConfig
+from pacenote.trainer.optim import OptimConfig
+from pacenote.trainer.shares import deal
+from pacenote.trainer.world import Place
+
+FILLER_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +29,43 @@ class Sample:
     group: int = 0
 
 
+Step = list[list[Sample]]
+"""One optimizer step of one data-parallel rank: the samples of each microbatch. A microbatch without any keeps step
+with the other ranks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A packed batch, and the trajectories in it as they were cut: number s is the batch's segment s; their groups."""
+    """A packed batch, and the trajectories in it as they were cut: number s is the batch's segment s; their groups.
+
+    A filler has no trajectories: it passes through the model because other ranks wait there, and trains nothing.
+    """
 
     batch: PackedBatch
     trajectories: tuple[Trajectory, ...]
     groups: tuple[int, ...] = ()
+    local: PackedBatch | None = None
+    """What this rank's part of the model sees of the batch; None: all of it."""
+
+    @property
+    def seen(self) -> PackedBatch:
+        """What this rank's part of the model sees."""
+        return self.batch if self.local is None else self.local
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What one rank's part of a model needs of a batch.
+
+    Attributes:
+        layers: places on the rows' L axis; None is all.
+        layout: its positions.
+        pad_to_multiple: positions of a batch are a multiple of this.
+    """
+
+    layers: tuple[int, ...] | None = None
+    layout: Layout
+    pad_to_multiple: int = 1
 
 
 def split_steps(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
@@ -38,51 +74,116 @@ def split_steps(count: int, parts: int, seed: int) -> list[NDArray[np.int64]]:
     return [part for part in np.array_split(order, parts) if len(part)]
 
 
-def split_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Fill microbatches of at most `budget` positions, longest first, each into the first that has room.
+def share_out(samples: Sequence[Sample], config: OptimConfig, place: Place, *, seed: int) -> list[list[Step]]:
+    """A training step's samples by data-parallel rank, optimizer step and microbatch.
 
-    A sample longer than the budget gets a microbatch of its own: nothing is dropped here.
-
-    Returns:
-        Lists of indices into `lengths`; every index stands in exactly one.
+    Samples that have nothing to train on are left out; an optimizer step may be of fillers alone for a rank.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((b for b, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
-            bins.append([])
-            room.append(budget)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= lengths[index]
-    return bins
+    parts: list[list[Step]] = [[] for _ in range(place.data_size)]
+    for chosen in split_steps(len(samples), config.minibatches, seed):
+        step = [samples[i] for i in chosen if place.data_size == 1 or trains(samples[i], config)]
+        lengths = [_positions(sample, config) for sample in step]
+        for rank, bins in enumerate(deal(lengths, config.microbatch_tokens, place.data_size, place.multiple)):
+            parts[rank].append([[step[i] for i in indices] for indices in bins])
+    return parts
 
 
-def microbatches(samples: Sequence[Sample], config: OptimConfig, device: str) -> list[Microbatch]:
-    """Pack one optimizer step's samples into microbatches of about `config.microbatch_tokens` positions.
+def trains(sample: Sample, config: OptimConfig) -> bool:
+    """Whether any of its tokens does, before provenance is looked at."""
+    return bool(sample.trajectory.loss_mask[1 : config.max_len].any())
 
-    Batches in which nothing is trainable are left out.
+
+def _positions(sample: Sample, config: OptimConfig) -> int:
+    tokens = len(sample.trajectory.tokens)
+    return min(tokens, config.max_len or tokens) - 1
+
+
+def pack_samples(
+    samples: Sequence[Sample], config: OptimConfig, device: str, *, cut: Cut | None = None
+) -> Microbatch | None:
+    """Pack the samples of a microbatch; None where nothing is trainable.
+
+    Args:
+        samples: at least one.
+        config: longest sample, and the provenance of rows.
+        device: of the tensors.
+        cut: this rank's part, where it is not all.
 
     Raises:
         ValueError: as `kernels.pack.pack` says, or a provenance of the configuration that has no such name.
     """
-    batches = []
-    for picked in split_tokens([len(sample.trajectory.tokens) - 1 for sample in samples], config.microbatch_tokens):
-        chosen = [samples[i] for i in picked]
-        batch = pack(
-            [sample.trajectory for sample in chosen],
-            advantages=[sample.advantage for sample in chosen],
+
+    def packed(cut: Cut) -> PackedBatch:
+        return pack(
+            [sample.trajectory for sample in samples],
+            advantages=[sample.advantage for sample in samples],
             max_len=config.max_len,
             device=device,
+            layers=cut.layers,
+            layout=cut.layout,
+            pad_to_multiple=cut.pad_to_multiple,
             replay_provenance=_codes(config.replay_provenance, "replay_provenance"),
             mask_provenance=_codes(config.mask_provenance, "mask_provenance"),
         )
-        if batch.num_samples:
-            kept = (chosen[number].trajectory for number in batch.kept)
-            cut = tuple(t.truncate(config.max_len) if config.max_len else t for t in kept)
-            batches.append(Microbatch(batch, cut, tuple(chosen[number].group for number in batch.kept)))
-    return batches
+
+    batch = packed(Cut(layout=Layout()))
+    if not batch.num_samples:
+        return None
+    kept = (samples[number].trajectory for number in batch.kept)
+    trajectories = tuple(t.truncate(config.max_len) if config.max_len else t for t in kept)
+    groups = tuple(samples[number].group for number in batch.kept)
+    return Microbatch(batch, trajectories, groups, None if cut is None else packed(cut))
+
+
+def filler(sample: Sample, config: OptimConfig, device: str, *, cut: Cut | None = None) -> Microbatch:
+    """A microbatch of the first tokens of a sample, none of which trains."""
+    trajectory = sample.trajectory.truncate(min(FILLER_TOKENS, len(sample.trajectory.tokens)))
+    mask = (np.arange(len(trajectory.tokens)) > 0).astype(np.uint8)
+    short = replace(sample, trajectory=replace(trajectory, loss_mask=mask))
+    packed = pack_samples([short], replace(config, max_len=None, mask_provenance=()), device, cut=cut)
+    assert packed is not None, "all its tokens train"
+    mute = [
+        None if batch is None else replace(batch, loss_mask=torch.zeros_like(batch.loss_mask), num_trained=0)
+        for batch in (packed.batch, packed.local)
+    ]
+    assert mute[0] is not None
+    return Microbatch(mute[0], (), (), mute[1])
+
+
+def microbatches(
+    samples: Sequence[Sample], config: OptimConfig, device: str, *, cut: Cut | None = None
+) -> list[Microbatch]:
+    """Pack one optimizer step's samples into microbatches of about `config.microbatch_tokens` positions.
+
+    Batches in which nothing is trainable are left out.
+    """
+    bins = deal([_positions(sample, config) for sample in samples], config.microbatch_tokens)[0]
+    packed = (pack_samples([samples[i] for i in picked], config, device, cut=cut) for picked in bins)
+    return [batch for batch in packed if batch is not None]
+
+
+def pack_step(
+    step: Step, spare: Sample | None, config: OptimConfig, device: str, *, cut: Cut | None = None, lockstep: bool
+) -> list[Microbatch]:
+    """Pack a rank's share of an optimizer step.
+
+    Args:
+        step: its samples by microbatch.
+        spare: any sample of the training step, of which fillers are made.
+        config: as for `pack_samples`.
+        device: of the tensors.
+        cut: this rank's part of a batch.
+        lockstep: ranks must pass equally often, so what trains nothing is replaced by a filler, and not left out.
+    """
+    found = []
+    for samples in step:
+        batch = pack_samples(samples, config, device, cut=cut) if samples else None
+        if batch is None and lockstep:
+            assert spare is not None, "a step has samples"
+            batch = filler(spare, config, device, cut=cut)
+        if batch is not None:
+            found.append(batch)
+    return found
 
 
 def _codes(names: Sequence[Provenance], field: str) -> list[int]:

@@ -68,7 +68,7 @@ def _train(words: list[str]) -> int:
         if words and words[0] == "--resume":
             if len(words) != 2:
                 raise ValueError("--resume expects one run folder and no other flag: the run's config.json is used")
-            run = loop.resume(Path(words[1]))
+            run = loop.resume(Path(words[1]), os.environ)
         else:
             if not words or words[0].startswith("-"):
                 raise ValueError(f"train expects a recipe first; the recipes are: {', '.join(sorted(recipes.RECIPES))}")
@@ -79,7 +79,7 @@ def _train(words: list[str]) -> int:
                 RunConfig, default=default, args=words[1:], prog=f"pacenote train {words[0]}",
                 description=recipes.RECIPES[words[0]].__doc__,
             )  # fmt: skip
-            run = loop.train(config)
+            run = loop.train(config, os.environ)
     except ValueError as error:
         return _fail(str(error), 2)
     except TrainerError as error:

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.advantage import Estimator
 from pacenote.trainer.checkpoint import CheckpointConfig
-from pacenote.trainer.collect import RolloutConfig
 from pacenote.trainer.fleet import EngineKind
-from pacenote.trainer.hf import OptimConfig
 from pacenote.trainer.model import TinyShape
+from pacenote.trainer.optim import OptimConfig
+from pacenote.trainer.rollout_config import RolloutConfig
 from pacenote.trainer.step import ReplayMode
 from pacenote.trainer.sync import SyncConfig
 

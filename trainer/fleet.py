@@ -13,8 +13,8 @@ import httpx
 from pacenote.rollout.launch import Service, ServiceError, engine_command, free_port, sessions_command
 from pacenote.rollout.sglang_cpu import cpu_command, cpu_environment, find_python
 from pacenote.trainer import sync
-from pacenote.trainer.collect import RolloutConfig
 from pacenote.trainer.errors import EngineDied, TrainerError
+from pacenote.trainer.rollout_config import RolloutConfig
 
 START_TIMEOUT = 180.0  # seconds; a cold import of torch and transformers on a busy machine takes tens of them
 EngineKind = Literal["embedded", "sglang-cpu"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pacenote.trainer.config import RunConfig
-from pacenote.trainer.tasks import Environment, Reward, TaskSource, load_callable, read_jsonl
+from pacenote.trainer.tasks import Environment, Reward, Task, TaskSource, load_callable, read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,11 @@ class Game:
     tasks: TaskSource
     environment: Environment
     reward: Reward
+
+    def task(self, number: int, *, seed: int, prompts: int) -> Task:
+        """The task of a group of the run's endless stream: `prompts` of them are a step's."""
+        step, place = divmod(number, prompts)
+        return self.tasks(seed=seed, step=step, count=prompts)[place]
 
     @classmethod
     def load(cls, config: RunConfig) -> Game:

@@ -7,6 +7,7 @@ Legend: T positions of a batch, R of them compared, L MoE layers, K experts a to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +103,20 @@ class Meter:
             self._by_layer.append(layers.cpu().numpy())
             self._top_k = own.rows.shape[2]
         self._differs.append(differs)
+
+    @classmethod
+    def joined(cls, meters: Sequence[Meter]) -> Meter:
+        """All that several ranks' meters have gathered."""
+        whole = cls()
+        for meter in meters:
+            whole._logprobs += meter._logprobs
+            facts = [np.concatenate([f[:1], f[1:2] + whole._samples, f[2:]]) for f in meter._facts]
+            whole._facts += facts
+            whole._differs += meter._differs
+            whole._by_layer += meter._by_layer
+            whole._top_k = whole._top_k or meter._top_k
+            whole._samples += meter._samples
+        return whole
 
     def gap(self, version: int) -> Gap:
         """The gap over all that was added; staleness counts from weights `version`."""

@@ -1,13 +1,11 @@
-"""The transformers back end: one model, one optimizer, routes replayed by hooks."""
+"""The transformers back end: one model, one optimizer, routes replayed by hooks; over many ranks sharded by FSDP2."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,54 +14,34 @@ from pacenote.kernels.logprob import linear_logprob
 from pacenote.kernels.pack import PackedBatch, Routes
 from pacenote.kernels.policy import PolicyConfig, PolicyOutput, policy_loss
 from pacenote.kernels.policy_hidden import policy_loss_from_hidden
-from pacenote.kernels.spec import Provenance
 from pacenote.replay.audit import Audit
 from pacenote.replay.exact import Exact
 from pacenote.replay.hf import attach
 from pacenote.replay.packing import check_packing
+from pacenote.trainer import fsdp
 from pacenote.trainer import model as models
-from pacenote.trainer.guard import Guard, GuardConfig, Reason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimConfig:
-    """The optimizer and how a step's samples reach it."""
-
-    lr: float = 3e-3
-    """Peak learning rate of AdamW."""
-    warmup: int = 5
-    """Steps of linear warm-up."""
-    decay: float = 0.0
-    """Share of the run, at its end, over which the rate falls to 0 (warm-up, stable, decay: arXiv 2404.06395)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    grad_clip: float = 1.0
-    """Largest norm of a gradient; a larger one is scaled down."""
-    minibatches: int = 4
-    """Optimizer steps a training step: each takes an equal share of the samples, shuffled."""
-    microbatch_tokens: int = 768
-    """Positions that go through the model at once."""
-    max_len: int | None = None
-    """Longest sample in tokens; the tail of a longer one is cut."""
-    replay_provenance: tuple[Provenance, ...] = ("prefill", "decode", "cached")
-    """Rows that an update may replay of the engine's, by where they are known from; the others are routed freely."""
-    mask_provenance: tuple[Provenance, ...] = ()
-    """Rows whose next token does not train, by where they are known from; samples of nothing else are left out."""
-    guard: GuardConfig = field(default_factory=GuardConfig)
-
-
-RoutesFrom = Literal["native", "rollout"]
+from pacenote.trainer.backend import Divisor, Native, Prepared
+from pacenote.trainer.batch import Microbatch, Sample, Step, pack_step
+from pacenote.trainer.guard import Guard, Reason
+from pacenote.trainer.optim import OptimConfig
+from pacenote.trainer.world import ALONE, Place, World
 
 
 class HfBackend:
-    """A causal language model in training. State: weights, optimizer moments, and the hooks of the replay."""
+    """A causal language model in training; a `backend.Backend`. State: weights, optimizer moments, and the hooks of the
+    replay."""
 
     def __init__(
-        self, directory: Path, config: OptimConfig, *, device: str, temperature: float, exact: bool = False
+        self,
+        directory: Path,
+        config: OptimConfig,
+        *,
+        device: str,
+        temperature: float,
+        exact: bool = False,
+        world: World = ALONE,
     ) -> None:
-        """Load the model directory, attach the replay, make the optimizer.
+        """Load the model directory, attach the replay, shard the weights over the ranks, make the optimizer.
 
         Args:
             directory: of the saved model.
@@ -71,27 +49,71 @@ class HfBackend:
             device: where the model trains.
             temperature: that the rollout samples at.
             exact: compute logprobs in the form in which an exact engine does; see `replay.exact`.
+            world: the ranks; more than one shard weights, gradients and moments, experts among them.
 
         Raises:
             ValueError: the directory is not a saved mixture-of-experts model whose routers can be replayed, or the
-                model lets packed sequences see each other, or is to be exact and cannot be.
+                model lets packed sequences see each other, or is to be exact or sharded and cannot be.
         """
-        self.config, self.device, self.temperature = config, device, temperature
+        self.config, self.device, self.temperature, self.world = config, device, temperature, world
         self.tokenizer_from = directory
         self.model = models.load(directory, device=device).train()
         self.replay = attach(self.model)
         check_packing(self.replay, self.model)
         self.replay.audit(reset=True)  # the check's rows are nobody's
         self.exact = Exact(self.model) if exact else None
+        if world.size > 1:
+            fsdp.shard(self.model, world, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
 
         self.guard = Guard(config.guard)
 
+    @property
+    def place(self) -> Place:
+        """Every rank has a share of the samples of its own."""
+        return Place(data_rank=self.world.rank, data_size=self.world.size)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Global ids of the model's MoE layers."""
+        return tuple(self.replay.layers)
+
     def close(self) -> None:
         """Take the hooks off the model."""
         self.replay.detach()
+
+    def pack(self, step: Step, spare: Sample | None) -> list[Microbatch]:
+        """This rank's share of an optimizer step, on the device."""
+        return pack_step(step, spare, self.config, self.device, lockstep=self.world.size > 1)
+
+    def scores(self, items: Sequence[Microbatch], routes: Sequence[Routes | None]) -> list[Tensor]:
+        """Logprobs [T] float32 of each microbatch's targets under the routes given, or the model's own."""
+        return [self.score(item.batch, given) for item, given in zip(items, routes, strict=True)]
+
+    def scores_native(self, items: Sequence[Microbatch]) -> list[Native]:
+        """Logprobs under the model's own routing, and that routing."""
+        found = [self.score_native(item.batch) for item in items]
+        return [Native(logprobs, routes, routes) for logprobs, routes in found]
+
+    def accumulate(
+        self, items: Sequence[Prepared], divisors: Sequence[Divisor], config: PolicyConfig
+    ) -> list[dict[str, float]]:
+        """Add up the gradients of these microbatches; the loss's metrics of each."""
+        parts = []
+        for item, divisor in zip(items, divisors, strict=True):
+            with self.routed(item.routes):
+                out = self.loss(
+                    item.batch,
+                    config,
+                    reference=item.reference,
+                    group_tokens=divisor.group_tokens,
+                    denominator=divisor.denominator,
+                )
+                parts.append(out.read())
+                out.backward()
+        return parts
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Logprob and entropy [T] float32 of each target; gradients flow if autograd is on.
@@ -101,9 +123,9 @@ class HfBackend:
         hidden = self._hidden(batch)
         if self.exact is not None:
             return self.exact.logprobs(hidden, batch.targets, self.temperature, batch.loss_mask)
-        head = self.model.get_output_embeddings()
+        weight, bias = self._head()
         return linear_logprob(
-            hidden, head.weight, batch.targets, temperature=self.temperature, bias=head.bias, mask=batch.loss_mask
+            hidden, weight, batch.targets, temperature=self.temperature, bias=bias, mask=batch.loss_mask
         )
 
     def loss(
@@ -131,18 +153,23 @@ class HfBackend:
                 group_tokens=group_tokens,
                 denominator=denominator,
             )
-        head = self.model.get_output_embeddings()
+        hidden, (weight, bias) = self._hidden(batch), self._head()
         return policy_loss_from_hidden(
-            self._hidden(batch),
-            head.weight,
+            hidden,
+            weight,
             batch,
             config,
             temperature=self.temperature,
-            bias=head.bias,
+            bias=bias,
             reference=reference,
             group_tokens=group_tokens,
             denominator=denominator,
         )
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D] and bias [V] of the head."""
+        head = self.model.get_output_embeddings()
+        return fsdp.whole(head.weight), None if head.bias is None else fsdp.whole(head.bias)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states [1, T, D] that the head reads."""
@@ -175,29 +202,18 @@ class HfBackend:
 
     def set_lr(self, step: int, steps: int) -> float:
         """Learning rate of a training step of a run of `steps`; set on the optimizer and returned."""
-        rise = (step + 1) / max(1, self.config.warmup)
-        fall = (steps - step) / (steps * self.config.decay) if self.config.decay else 1.0
-        lr = self.config.lr * min(1.0, rise, fall)
+        lr = self.config.rate(step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def apply_gradients(self, *, loss: float = 0.0) -> tuple[float, Reason | None]:
-        """Clip, step, clear.
-
-        Args:
-            loss: of the step; one that is not finite has no gradient that could be used.
-
-        Returns:
-            The norm before clipping, or such a loss; and why nothing was stepped, None if it was.
-
-        Raises:
-            NotFinite: too many optimizer steps in a row were not.
-        """
+        """Clip, step, clear; see `Backend.apply_gradients`."""
         try:
             norm = loss
             if math.isfinite(loss):
-                norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+                clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+                norm = float(fsdp.whole(clipped))
             reason = self.guard.judge(norm)
             if reason is None:
                 self.optimizer.step()
@@ -207,19 +223,39 @@ class HfBackend:
 
     def save_weights(self, out: Path) -> None:
         """Write a model directory that an engine can load."""
-        models.save(self.model, out, tokenizer_from=self.tokenizer_from)
+        state = fsdp.whole_state(self.model) if self.world.size > 1 else None
+        self.world.lead(lambda: models.save(self.model, out, tokenizer_from=self.tokenizer_from, state=state))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights, [...] each, under the names that `save_weights` gives them."""
         return models.disk_tensors(self.model)
 
-    def state(self) -> dict[str, Any]:
-        """Optimizer state, for a checkpoint beside the weights."""
-        return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state()}
+    def save_state(self, out: Path) -> None:
+        """Write the optimizer's moments and the guard's norms."""
+        guard = self.guard.state()
+        if self.world.size > 1:
+            fsdp.save_optimizer(self.model, self.optimizer, out / "optimizer")
+            self.world.lead(lambda: torch.save({"guard": guard}, out / "guard.pt"))
+        else:
+            torch.save({"optimizer": self.optimizer.state_dict(), "guard": guard}, out / "optimizer.pt")
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state(self, path: Path) -> None:
+        """Take back what `save_state` wrote.
+
+        Raises:
+            ValueError: it was written by one rank and is read by many, or the other way round.
+        """
+        if (path / "optimizer").is_dir() != (self.world.size > 1):
+            raise ValueError(
+                f"{path} is of a run on {'one rank' if self.world.size > 1 else 'many ranks'}, this one has "
+                f"{self.world.size}: resume as it was started, with or without torchrun"
+            )
+        if self.world.size > 1:
+            fsdp.load_optimizer(self.model, self.optimizer, path / "optimizer")
+            state = torch.load(path / "guard.pt", weights_only=True)
+        else:
+            state = torch.load(path / "optimizer.pt", weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state(state["guard"])
 
     def audit(self) -> Audit:

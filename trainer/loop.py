@@ -1,37 +1,44 @@
 """The main path: rollout -> routes -> replay -> step -> new weights. Read this file first.
 
 Weights of version v are those after v training steps. Step v serves version v, rolls out, and makes version v + 1.
+Under torchrun every rank runs this file; what the first one does alone is in `leader.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 
-from pacenote.trainer import checkpoint, metrics, sync
-from pacenote.trainer.advantage import advantages, longest_answer, overlong_penalty
-from pacenote.trainer.batch import Sample, microbatches, split_steps
-from pacenote.trainer.collect import Episode, Watch, check_versions, collect
+from pacenote.trainer import checkpoint, sync
+from pacenote.trainer.backend import Backend
 from pacenote.trainer.config import RunConfig
-from pacenote.trainer.display import Display
-from pacenote.trainer.errors import CannotSave, EngineDied, NotFinite, TrainerError
-from pacenote.trainer.fleet import Fleet, check_engine
+from pacenote.trainer.errors import CannotSave, NotFinite, TrainerError
+from pacenote.trainer.fleet import check_engine
 from pacenote.trainer.game import Game
 from pacenote.trainer.hf import HfBackend
-from pacenote.trainer.interrupt import Interrupt
+from pacenote.trainer.leader import Leader
 from pacenote.trainer.model import build_tiny
+from pacenote.trainer.position import START, Position, load_position
 from pacenote.trainer.report import write_report
 from pacenote.trainer.rundir import RunDir
 from pacenote.trainer.step import prepare, update
+from pacenote.trainer.world import World, local_device
+
+NO_RANKS: Mapping[str, str] = MappingProxyType({})
 
 
-def train(config: RunConfig) -> RunDir:
+def train(config: RunConfig, environment: Mapping[str, str] = NO_RANKS) -> RunDir:
     """Run from the start.
+
+    Args:
+        config: of the run.
+        environment: RANK, WORLD_SIZE and the like where torchrun started this process.
 
     Raises:
         ValueError: the configuration cannot work; nothing was started.
@@ -39,14 +46,16 @@ def train(config: RunConfig) -> RunDir:
     """
     check_engine(config.engine)
     game = Game.load(config)
-    device = pick_device(config)
-    run = RunDir.create(config)
-    model = config.model or build_tiny(run.root / "model", seed=config.seed, shape=config.tiny)
-    backend = make_backend(config, model, device)
-    return _run(config, run.begin(config), game, backend, first=0)
+    device = local_device(pick_device(config), environment)
+    with World.join(environment, device) as world:
+        run = world.lead(lambda: RunDir.create(config))
+        model = config.model or world.lead(lambda: build_tiny(run.root / "model", seed=config.seed, shape=config.tiny))
+        backend = make_backend(config, model, device, world)
+        world.lead(lambda: run.begin(config))
+        return _run(config, run, game, backend, first=0, position=START)
 
 
-def resume(root: Path) -> RunDir:
+def resume(root: Path, environment: Mapping[str, str] = NO_RANKS) -> RunDir:
     """Go on with an interrupted run, from its newest checkpoint.
 
     Raises:
@@ -57,39 +66,31 @@ def resume(root: Path) -> RunDir:
     check_engine(config.engine)
     game = Game.load(config)
     step, path = checkpoint.latest(run.checkpoints)
-    backend = make_backend(config, path / "model", pick_device(config))
-    checkpoint.restore(path, backend)
-    return _run(config, run, game, backend, first=step)
+    position = load_position(path, partial(game.task, seed=config.seed, prompts=config.rollout.prompts))
+    device = local_device(pick_device(config), environment)
+    with World.join(environment, device) as world:
+        backend = make_backend(config, path / "model", device, world)
+        checkpoint.restore(path, backend)
+        return _run(config, run, game, backend, first=step, position=position)
 
 
-def make_backend(config: RunConfig, model: Path, device: str) -> HfBackend:
+def make_backend(config: RunConfig, model: Path, device: str, world: World) -> Backend:
     """The back end of a run, with the weights of a model directory.
 
     Raises:
-        ValueError: as `HfBackend`.
+        ValueError: as the back end says.
     """
     if config.threads:  # before anything is computed: an exact back end tries itself out as it will run
         torch.set_num_threads(config.threads)
     temperature = config.rollout.temperature
-    return HfBackend(model, config.optim, device=device, temperature=temperature, exact=config.exact)
+    return HfBackend(model, config.optim, device=device, temperature=temperature, exact=config.exact, world=world)
 
 
-def load_reference(config: RunConfig, run: RunDir, backend: HfBackend) -> HfBackend | None:
+def load_reference(config: RunConfig, run: RunDir, backend: Backend) -> Backend | None:
     """The frozen policy that the KL is to, beside the backend; None without a KL."""
     if not config.loss.kl_coef:
         return None
-    model = config.reference or config.model or run.root / "model"
-    reference = make_backend(config, model, backend.device)
-    reference.model.requires_grad_(False)
-    return reference
-
-
-def shaped(episode: Episode, config: RunConfig) -> float | None:
-    """An episode's reward, less what its longest answer costs for being nearly too long."""
-    if episode.reward is None or not config.overlong_buffer:
-        return episode.reward
-    longest = max((longest_answer(trajectory.loss_mask) for trajectory in episode.trajectories), default=0)
-    return episode.reward + overlong_penalty(longest, config.rollout.max_tokens, config.overlong_buffer)
+    return make_backend(config, config.reference or config.model or run.root / "model", backend.device, backend.world)
 
 
 def pick_device(config: RunConfig) -> str:
@@ -105,10 +106,10 @@ def pick_device(config: RunConfig) -> str:
     return "cuda" if torch.cuda.is_available() and not config.exact else "cpu"
 
 
-def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
+def _run(config: RunConfig, run: RunDir, game: Game, backend: Backend, *, first: int, position: Position) -> RunDir:
     """All steps from `first` on; whatever stops them, there is a report, and a word on how to go on."""
     try:
-        return _steps(config, run, game, backend, first=first)
+        return _steps(config, run, game, backend, first=first, position=position)
     except TrainerError as error:
         error.add_note(f"Go on with: pacenote train --resume {run.root}")
         raise
@@ -117,118 +118,52 @@ def _run(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, firs
         stopped.add_note(f"Free space, then go on with: pacenote train --resume {run.root}")
         raise stopped from error
     finally:
-        with contextlib.suppress(OSError):
-            write_report(run.root)
+        if backend.world.leads:
+            with contextlib.suppress(OSError):
+                write_report(run.root)
 
 
-def _steps(config: RunConfig, run: RunDir, game: Game, backend: HfBackend, *, first: int) -> RunDir:
+def _steps(config: RunConfig, run: RunDir, game: Game, backend: Backend, *, first: int, position: Position) -> RunDir:
     version = first
-    run.write_environment(device=backend.device, moe_layers=backend.replay.layers)
-    backend.save_weights(sync.weights_path(run.weights, first))
     with ExitStack() as stack:
         stack.callback(backend.close)
+        backend.world.alone(lambda: run.write_environment(device=backend.device, moe_layers=backend.moe_layers))
         reference = load_reference(config, run, backend)
         if reference is not None:
             stack.callback(reference.close)
-        stop = stack.enter_context(Interrupt())
-        fleet = stack.enter_context(
-            Fleet(
-                config.rollout,
-                weights=run.weights,
-                logs=run.logs,
-                seed=config.seed,
-                device=backend.device,
-                exact=config.exact,
-                engine=config.engine,
-                push=config.sync,
+        backend.save_weights(sync.weights_path(run.weights, first))
+        leader = stack.enter_context(Leader(config, run, game, backend, first=first, position=position))
+
+        def save() -> None:
+            checkpoint.save(
+                run.checkpoints, backend, step=version, keep=config.checkpoint.keep, position=leader.position
             )
-        )
-        log = stack.enter_context(metrics.MetricsLog(run.metrics, first_step=first))
-        display = stack.enter_context(Display(config, run))
+
         try:
-            fleet.start(first)
             while version < config.steps:
-                row = one_step(config, run, game, backend, fleet, stop, version, reference)
+                one_step(config, run, backend, reference, leader, version)
                 version += 1
-                log.append(row)
-                display.show(row)
                 if version % config.checkpoint.every == 0 or version == config.steps:
-                    checkpoint.save(run.checkpoints, backend, step=version, keep=config.checkpoint.keep)
+                    save()
         except TrainerError as error:
             # NotFinite may come between two optimizer steps of one training step.
             if not isinstance(error, NotFinite | CannotSave):
-                checkpoint.save(run.checkpoints, backend, step=version, keep=config.checkpoint.keep)
+                save()
             raise
     return run
 
 
 def one_step(
-    config: RunConfig,
-    run: RunDir,
-    game: Game,
-    backend: HfBackend,
-    fleet: Fleet,
-    stop: Interrupt,
-    version: int,
-    reference: HfBackend | None = None,
-) -> dict[str, Any]:
-    """Serve the weights of `version`, roll out, train on the answers; returns the step's row of metrics."""
-    times = [time.perf_counter()]
-    episodes, stale = rollout(config, run, game, backend, fleet, stop, version)
-    times.append(time.perf_counter())
-
-    rewards = [shaped(episode, config) for episode in episodes]
-    earned = advantages(rewards, config.rollout.group, config.advantage)
-    samples = [
-        Sample(trajectory, advantage, number // config.rollout.group)
-        for number, (episode, advantage) in enumerate(zip(episodes, earned.values.tolist(), strict=True))
-        if advantage == advantage  # NaN marks an episode without a countable reward
-        for trajectory in episode.trajectories
-    ]
-    steps = [
-        microbatches([samples[i] for i in part], config.optim, backend.device)
-        for part in split_steps(len(samples), config.optim.minibatches, seed=config.seed * 1_000_003 + version)
-    ]
+    config: RunConfig, run: RunDir, backend: Backend, reference: Backend | None, leader: Leader, version: int
+) -> None:
+    """Serve the weights of `version`, roll out, train on the answers."""
+    weights = sync.published(sync.weights_path(run.weights, version), backend)
+    share, spare = leader.play(weights, version)
+    steps = [backend.pack(step, spare) for step in share]
     prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference)
-    times.append(time.perf_counter())
+    leader.measured()
 
     backend.audit()  # the counters so far are of the measurements
     lr = backend.set_lr(version, config.steps)
     learnt = update(backend, prepared, config.loss, answer_tokens=config.rollout.max_tokens)
-    times.append(time.perf_counter())
-    if version % config.samples_every == 0 or version == config.steps - 1:
-        run.write_samples(version, episodes)
-    more = {**learnt, "lr": lr, "samples_stale": stale}
-    return metrics.row(version, episodes, earned, gap, backend.audit(), more, times)
-
-
-def rollout(
-    config: RunConfig, run: RunDir, game: Game, backend: HfBackend, fleet: Fleet, stop: Interrupt, version: int
-) -> tuple[list[Episode], int]:
-    """Episodes sampled with the weights of `version`, and how many samples were left out because theirs were too old; a
-    dead engine is revived with them and the step replayed.
-
-    Raises:
-        EngineDied: it cannot be revived.
-        Interrupted: a person asked to stop; nothing was trained on.
-    """
-    tasks = game.tasks(seed=config.seed, step=version, count=config.rollout.prompts)
-    watch = Watch([stop.check, fleet.check])
-    weights = sync.Weights(sync.weights_path(run.weights, version), backend.save_weights, backend.tensors)
-    while True:
-        try:
-            stop.check()
-            fleet.serve(weights, version)
-            episodes = collect(
-                tasks,
-                game.environment,
-                game.reward,
-                sessions=fleet.sessions_url,
-                config=config.rollout,
-                seed=config.seed * 1_000_003 + version,
-                watch=watch,
-            )
-            break
-        except EngineDied as error:
-            fleet.revive(weights.on_disk(), version, error)
-    return check_versions(episodes, version, bound=config.rollout.max_staleness)
+    leader.record(version, gap, backend.audit(), {**learnt, "lr": lr})

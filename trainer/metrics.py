@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from pacenote.replay.audit import Audit
 from pacenote.trainer.advantage import Advantages
-from pacenote.trainer.collect import Episode
+from pacenote.trainer.episode import Episode
 from pacenote.trainer.gap import Gap, GroupGap
 
 
@@ -68,32 +69,36 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_COUNTED = ("duplicate", "out_of_range", "replayed", "flipped")
+
+
 def row(
     step: int,
     episodes: list[Episode],
     earned: Advantages,
     gap: Gap,
-    audit: Audit,
+    audits: Sequence[Audit],
     learnt: dict[str, Any],
     times: list[float],
 ) -> dict[str, Any]:
     """One step's object.
 
     Args:
-        audit: counts of the update's forward passes, one count a (row, layer).
+        audits: counts of the update's forward passes, one count a (row, layer), by rank.
         learnt: metrics of the loss and the optimizer.
         times: seconds at the start of the step, after rollout, after measuring, after the update.
     """
     seconds = times[-1] - times[0]
     counts = of_episodes(episodes)
+    rows = {name: sum(audit.total(name) for audit in audits) for name in _COUNTED}
     return {
         **learnt,
         "step": step,
         **counts,
         **of_gap(gap),
-        "rows_invalid": audit.total("duplicate") + audit.total("out_of_range"),
-        "rows_replayed": audit.total("replayed"),
-        "flipped_under_replay": audit.total("flipped") / max(1, audit.total("replayed")),
+        "rows_invalid": rows["duplicate"] + rows["out_of_range"],
+        "rows_replayed": rows["replayed"],
+        "flipped_under_replay": rows["flipped"] / max(1, rows["replayed"]),
         "groups_zero_std": earned.zero_std,
         "episodes_unrewarded": earned.unrewarded,
         "seconds": seconds,

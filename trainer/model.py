@@ -81,15 +81,27 @@ def build_tiny(out: Path, *, seed: int, shape: TinyShape | None = None) -> Path:
     return out
 
 
-def save(model: torch.nn.Module, out: Path, *, tokenizer_from: Path = TOKENIZER) -> None:
+def save(
+    model: torch.nn.Module,
+    out: Path,
+    *,
+    tokenizer_from: Path = TOKENIZER,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write weights, config and tokenizer files to the directory `out` (overwriting), ready for an engine to load.
+
+    Args:
+        model: what is written.
+        out: the directory.
+        tokenizer_from: a model directory.
+        state: the model's state dict, where its own is in pieces.
 
     Raises:
         OSError: it cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
-        model.save_pretrained(out)  # type: ignore[operator]
+        model.save_pretrained(out, state_dict=state)  # type: ignore[operator]
     except SafetensorError as error:  # which says so of a full disk
         raise OSError(errno.EIO, str(error), str(out)) from error
     for file in tokenizer_files(tokenizer_from):

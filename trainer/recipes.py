@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.config import RunConfig
-from pacenote.trainer.hf import OptimConfig
+from pacenote.trainer.optim import OptimConfig
 
 
 def tiny() -> RunConfig:

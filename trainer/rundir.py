@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pacenote.trainer import config as configs
-from pacenote.trainer.collect import Episode
 from pacenote.trainer.config import RunConfig
+from pacenote.trainer.episode import Episode
 
 
 @dataclass(frozen=True, slots=True)

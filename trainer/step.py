@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from pacenote.kernels.pack import PackedBatch, Routes
+from pacenote.kernels.pack import PackedBatch
 from pacenote.kernels.policy import PolicyConfig
+from pacenote.trainer.backend import Backend, Divisor, Prepared
 from pacenote.trainer.batch import Microbatch
 from pacenote.trainer.gap import Gap, Meter
 from pacenote.trainer.guard import Reason
-from pacenote.trainer.hf import HfBackend
 
 ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
 """Whose experts an update replays: nobody's, the engine's (R3), the trainer's own of before the update (R2), or the
 engine's in the first optimizer step of a training step and the trainer's own in those that follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A microbatch ready for the optimizer: `routes` are what the update replays (None: the model's own), `groups` the
-    numbers of its samples' groups, `reference` [T] the reference policy's logprobs."""
-
-    batch: PackedBatch
-    routes: Routes | None
-    groups: tuple[int, ...] = ()
-    reference: Tensor | None = None
-
-
 def prepare(
-    backend: HfBackend,
+    backend: Backend,
     steps: Sequence[Sequence[Microbatch]],
     mode: ReplayMode,
     *,
     version: int = 0,
-    reference: HfBackend | None = None,
+    reference: Backend | None = None,
 ) -> tuple[list[list[Prepared]], Gap]:
     """Compute old logprobs under the routing that the update will use; measure the mismatch with and without replay.
 
     Args:
+        backend: the model.
         steps: packed microbatches, by optimizer step, with the rollout's logprobs and routes.
         mode: "rollout" replays the engine's experts (R3 of arXiv 2510.11370), "trainer" replays the trainer's own
             choice from this pass in the updates that follow (R2), "mixed" does the one in the first optimizer step and
@@ -52,13 +40,15 @@ def prepare(
         version: of the weights that compute them.
         reference: the reference policy, if the loss has a KL to one. It is given the update's routes, so that the KL is
             of the weights, and not of two routings.
+
+    Returns:
+        Microbatches ready for the optimizer, and the gap over those of all ranks.
     """
     meter = Meter()
     prepared = [
-        [_prepare(backend, item, _mode_of_step(mode, number), meter, reference) for item in step]
-        for number, step in enumerate(steps)
+        _prepare(backend, step, _mode_of_step(mode, number), meter, reference) for number, step in enumerate(steps)
     ]
-    return prepared, meter.gap(version)
+    return prepared, Meter.joined(backend.world.spoken(meter, backend.place)).gap(version)
 
 
 def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
@@ -69,21 +59,27 @@ def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
 
 
 def _prepare(
-    backend: HfBackend, item: Microbatch, mode: ReplayMode, meter: Meter, reference: HfBackend | None
-) -> Prepared:
-    batch = item.batch
-    native, own = backend.score_native(batch)
+    backend: Backend, step: Sequence[Microbatch], mode: ReplayMode, meter: Meter, reference: Backend | None
+) -> list[Prepared]:
+    natives = backend.scores_native(step)
     if mode == "rollout":
-        routes, old = batch.routes, backend.score(batch, batch.routes)
+        routes = [item.seen.routes for item in step]
+        old = backend.scores(step, routes)
     else:
-        routes, old = (own if mode == "trainer" else None), native
-    meter.add(item, old, native, own)
-    held = None if reference is None else reference.score(batch, routes)
-    return Prepared(replace(batch, old_logprobs=old), routes, item.groups, held)
+        routes = [native.seen if mode == "trainer" else None for native in natives]
+        old = [native.logprobs for native in natives]
+    held = [None] * len(step) if reference is None else reference.scores(step, routes)
+    for item, trained, native in zip(step, old, natives, strict=True):
+        if item.trajectories:
+            meter.add(item, trained, native.logprobs, native.routes)
+    return [
+        Prepared(replace(item.batch, old_logprobs=logprobs), given, item.groups, kl, item.local)
+        for item, logprobs, given, kl in zip(step, old, routes, held, strict=True)
+    ]
 
 
 def update(
-    backend: HfBackend,
+    backend: Backend,
     steps: Sequence[Sequence[Prepared]],
     config: PolicyConfig,
     *,
@@ -110,65 +106,71 @@ def update(
     parts: list[dict[str, float]] = []
     norms: list[float] = []
     skipped = Counter[str]()
-    for prepared in steps:
-        denominator, sizes = _shares(prepared, config, answer_tokens)
+    counts = [_count(step) for step in steps]
+    whole = [Count.joined(said) for said in zip(*backend.world.spoken(counts, backend.place), strict=True)]
+    for prepared, count in zip(steps, whole, strict=True):
+        denominator = count.denominator(config, answer_tokens)
         if not denominator:
             continue
-        said = _accumulate(backend, prepared, config, denominator, sizes)
-        norm, reason = backend.apply_gradients(loss=sum(part["loss"] for part in said))
+        said = backend.accumulate(prepared, [_divisor(item, count, config, denominator) for item in prepared], config)
+        everywhere = [part for rank in backend.world.spoken(said, backend.place) for part in rank]
+        norm, reason = backend.apply_gradients(loss=sum(part["loss"] for part in everywhere))
         if reason is not None:
             skipped[reason] += 1
             continue
-        parts += said
+        parts += [part for part in everywhere if part["tokens"]]
         norms.append(norm)
-    counts = {"steps_taken": len(norms), **{f"skipped_{reason}": skipped[reason] for reason in get_args(Reason)}}
-    return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0), **counts}
+    taken = {"steps_taken": len(norms), **{f"skipped_{reason}": skipped[reason] for reason in get_args(Reason)}}
+    return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0), **taken}
 
 
-def _accumulate(
-    backend: HfBackend,
-    prepared: Sequence[Prepared],
-    config: PolicyConfig,
-    denominator: int,
-    sizes: Sequence[Tensor | None],
-) -> list[dict[str, float]]:
-    """Add up the gradients of an optimizer step's microbatches, up to the first whose loss is not finite; their
-    metrics."""
-    parts = []
-    for item, size in zip(prepared, sizes, strict=True):
-        with backend.routed(item.routes):
-            out = backend.loss(item.batch, config, reference=item.reference, group_tokens=size, denominator=denominator)
-            parts.append(out.read())
-            if math.isfinite(parts[-1]["loss"]):
-                out.backward()
-        if not math.isfinite(parts[-1]["loss"]):
-            break
-    return parts
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What an optimizer step trains: tokens of each group, and samples and tokens in all."""
+
+    groups: Counter[int]
+    samples: int
+    tokens: int
+
+    @classmethod
+    def joined(cls, counts: Sequence[Count]) -> Count:
+        """Of all ranks' shares."""
+        groups = Counter[int]()
+        for count in counts:
+            groups.update(count.groups)
+        return cls(groups, sum(count.samples for count in counts), sum(count.tokens for count in counts))
+
+    def denominator(self, config: PolicyConfig, answer_tokens: int | None) -> int:
+        """Of the step's loss; 0 without a trained token.
+
+        Raises:
+            ValueError: normalize is "constant", and there is no `answer_tokens`.
+        """
+        if config.normalize == "constant":
+            if answer_tokens is None:
+                raise ValueError('expected answer_tokens for normalize="constant", got None')
+            return self.samples * answer_tokens
+        if config.normalize == "group":
+            return sum(n > 0 for n in self.groups.values())
+        return self.samples if config.normalize == "sequence" else self.tokens
 
 
-def _shares(
-    prepared: Sequence[Prepared], config: PolicyConfig, answer_tokens: int | None
-) -> tuple[int, list[Tensor | None]]:
-    """An optimizer step's denominator, 0 without a trained token; and of each microbatch the tokens [S] of the groups
-    that its samples are of, in all microbatches, where the loss asks for them."""
-    counts = [_sample_tokens(item.batch) for item in prepared]
-    samples = sum(n > 0 for microbatch in counts for n in microbatch)
-    sizes: list[Tensor | None] = [None] * len(prepared)
-    if config.normalize == "group":
-        whole = Counter[int]()
-        for item, microbatch in zip(prepared, counts, strict=True):
-            for group, n in zip(item.groups, microbatch, strict=True):
-                whole[group] += n
-        sizes = [
-            torch.tensor([whole[group] for group in item.groups], device=item.batch.loss_mask.device)
-            for item in prepared
-        ]
-        return sum(n > 0 for n in whole.values()), sizes
-    if config.normalize == "constant":
-        if answer_tokens is None:
-            raise ValueError('expected answer_tokens for normalize="constant", got None')
-        return samples * answer_tokens, sizes
-    return samples if config.normalize == "sequence" else sum(map(sum, counts)), sizes
+def _count(step: Sequence[Prepared]) -> Count:
+    groups, samples = Counter[int](), 0
+    for item in step:
+        tokens = _sample_tokens(item.batch)
+        samples += sum(n > 0 for n in tokens)
+        groups.update(dict.fromkeys(item.groups, 0))
+        for group, n in zip(item.groups, tokens, strict=False):  # a filler has no group, and no token
+            groups[group] += n
+    return Count(groups, samples, sum(groups.values()))
+
+
+def _divisor(item: Prepared, count: Count, config: PolicyConfig, denominator: float) -> Divisor:
+    if config.normalize != "group":
+        return Divisor(denominator)
+    sizes = [count.groups[group] for group in item.groups] or [1] * item.batch.num_samples
+    return Divisor(denominator, torch.tensor(sizes, device=item.batch.loss_mask.device))
 
 
 def _sample_tokens(batch: PackedBatch) -> list[int]:

@@ -26,6 +26,7 @@ import torch.multiprocessing
 from safetensors import safe_open
 from torch import Tensor
 
+from pacenote.trainer.backend import Backend
 from pacenote.trainer.engines import Engine, Pause, each
 from pacenote.trainer.errors import EngineDied, StaleWeights
 from pacenote.trainer.sync_group import Link
@@ -88,6 +89,18 @@ class Weights:
             self.save(self.path)
             prune(self.path.parent, int(self.path.name))
         return self.path
+
+
+def published(path: Path, backend: Backend) -> Weights:
+    """A back end's weights for the engines. Many ranks, of which each has a part, write them together and first."""
+    world = backend.world
+    if world.size > 1:
+        if not world.lead(path.exists):
+            backend.save_weights(path)
+        if world.leads:
+            prune(path.parent, int(path.name))
+            return saved_weights(path)
+    return Weights(path, backend.save_weights, backend.tensors)
 
 
 def saved_weights(path: Path) -> Weights:

@@ -22,7 +22,8 @@ import torch
 
 from pacenote.trainer import checkpoint
 from pacenote.trainer import model as models
-from pacenote.trainer.hf import HfBackend, OptimConfig
+from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.optim import OptimConfig
 
 WATCHED = ("/trainer/", "/safetensors/", "/torch/serialization.py", "/transformers/modeling_utils.py", "/shutil.py")
 LAST = 10

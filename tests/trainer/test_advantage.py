@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pacenote.trainer.advantage import Estimator, advantages, longest_answer, overlong_penalty
-from pacenote.trainer.batch import split_steps, split_tokens
+from pacenote.trainer.batch import split_steps
+from pacenote.trainer.shares import split_tokens
 
 
 def test_by_hand() -> None:

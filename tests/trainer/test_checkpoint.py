@@ -20,7 +20,8 @@ import torch
 
 from pacenote.trainer import checkpoint, metrics
 from pacenote.trainer.errors import CannotSave
-from pacenote.trainer.hf import HfBackend, OptimConfig
+from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.optim import OptimConfig
 from tests.trainer import save_and_die
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_a_full_disk_leaves_older_ones_whole(backend: HfBackend, tmp_path: Path,
 @pytest.mark.parametrize("damage", ["cut", "nothing", "other"])
 def test_a_damaged_one_is_named(backend: HfBackend, tmp_path: Path, damage: str) -> None:
     path = checkpoint.save(tmp_path, backend, step=1, keep=1)
-    state = path / "trainer.pt"
+    state = path / "optimizer.pt"
     if damage == "other":
         torch.save({"optimizer": backend.optimizer.state_dict()}, state)
     else:

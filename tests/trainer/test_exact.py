@@ -14,10 +14,10 @@ import torch
 from pacenote.kernels.pack import pack
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import findings, metrics
-from pacenote.trainer.collect import RolloutConfig
 from pacenote.trainer.config import RunConfig, dump, parse
 from pacenote.trainer.loop import pick_device
 from pacenote.trainer.model import load
+from pacenote.trainer.rollout_config import RolloutConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exact.md"
 

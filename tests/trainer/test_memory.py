@@ -15,7 +15,8 @@ from pacenote.kernels import logprob_chunks
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer.batch import microbatches
-from pacenote.trainer.hf import HfBackend, OptimConfig
+from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.step import prepare, update
 from tests.trainer.recorded import samples
 

@@ -26,7 +26,8 @@ from pacenote.replay.audit import COUNTERS, Audit
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer.batch import microbatches
 from pacenote.trainer.guard import Reason
-from pacenote.trainer.hf import HfBackend, OptimConfig
+from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.step import prepare, update
 from tests.kernels import interpreter
 from tests.kernels.route_oracle import no_worse

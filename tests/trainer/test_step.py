@@ -19,7 +19,8 @@ from pacenote.trainer.batch import Microbatch, microbatches
 from pacenote.trainer.errors import NotFinite
 from pacenote.trainer.gap import Gap
 from pacenote.trainer.guard import Guard, GuardConfig, Reason
-from pacenote.trainer.hf import HfBackend, OptimConfig
+from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.step import ReplayMode, prepare, update
 from tests.replay.conftest import build
 from tests.trainer.recorded import COUNT, LENGTH, PROMPT, samples

@@ -27,7 +27,7 @@ from pacenote.replay.record import DECODE, PREFILL, RECOMPUTED
 from pacenote.rollout.launch import Service, engine_command, free_port, sessions_command
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import model as models
-from pacenote.trainer.collect import Episode, check_versions
+from pacenote.trainer.episode import Episode, check_versions
 from pacenote.trainer.errors import EngineDied, StaleWeights
 from pacenote.trainer.sync import SyncConfig, Weights, buckets, push, with_last
 from pacenote.trainer.tasks import Task
