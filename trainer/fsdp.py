@@ -40,6 +40,7 @@ def shard(model: Any, world: World, device: str) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
     for name, parameter in list(head.named_parameters()):
         cut = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
         setattr(head, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))

@@ -1,25 +1,20 @@
-"""Tiny megatron-core models: a spec whose attention and norms run on a CPU, and weights that depend on names alone.
-
-Legend: S positions of a rank, B sequences, H heads, D size of a head.
-"""
+"""Tiny megatron-core models whose weights depend on their names alone; attention and norms are the trainer's."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
+
+from pacenote.trainer.megatron_parts import localize
 
 VOCAB, EXPERTS, TOP_K, LAYERS = 56, 8, 2, 4
 MOE_LAYERS = tuple(range(1, LAYERS))
@@ -91,7 +86,7 @@ def build(
 ) -> Any:
     """This rank's chunk of a GPTModel, with the weights of its names."""
     spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, vp_stage=vp_stage)
-    _localize(spec)
+    localize(spec)
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     model = GPTModel(
         settings,
@@ -166,91 +161,3 @@ def routers(models: list[Any]) -> dict[int, Any]:
         for layer in model.decoder.layers
         if hasattr(layer.mlp, "router")
     }
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """The local spec's norm refuses sequence parallelism; this one marks its weight for it."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class Attention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within a sequence, in plain torch: grouped heads, MLA, packed and context-parallel batches."""
-
-    def __init__(self, config: Any, *_: Any, softmax_scale: Any = None, pg_collection: Any = None, **__: Any) -> None:
-        super().__init__(config=config)
-        self.scale, self.group = softmax_scale, pg_collection.cp
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
-    ) -> Any:
-        """[S, B, H * D] of [S, B, H, D]; of packed ones [S, H, D] likewise without B."""
-        flat = query.ndim == 3
-        if flat:
-            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        segment, position = self._places(query.shape[0], packed_seq_params)
-        key, value, segments, positions = (self._gather(tensor) for tensor in (key, value, segment, position))
-        mask = (segment[:, None] == segments) & (positions <= position[:, None])
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).permute(2, 0, 1, 3)
-        out = out.reshape(*out.shape[:2], -1)
-        return out.squeeze(1) if flat else out
-
-    def _places(self, length: int, packed: Any) -> tuple[Tensor, Tensor]:
-        """Which sequence, and which place in it, each local position is of."""
-        size, rank = self.group.size(), self.group.rank()
-        whole = length * size
-        bounds = [0, whole]
-        if packed is not None:
-            padded = packed.cu_seqlens_q_padded
-            bounds = (packed.cu_seqlens_q if padded is None else padded).tolist()
-        segment, position = [], []
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            step = (end - start) // (2 * size)
-            spans = [(0, end - start)]
-            if size > 1:
-                spans = [(c * step, (c + 1) * step) for c in (rank, 2 * size - 1 - rank)]
-            held = [place for first, last in spans for place in range(first, last)]
-            position += held
-            segment += [number] * len(held)
-        return torch.tensor(segment), torch.tensor(position)
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        """All ranks' positions, one rank's after the other's."""
-        if self.group.size() == 1:
-            return tensor
-        gathered: Tensor = _Gather.apply(tensor.contiguous(), self.group)  # type: ignore[no-untyped-call]
-        return gathered
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate over ranks; a rank's gradient is the sum of all ranks' for its part."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(tensor) for _ in range(group.size())]
-        dist.all_gather(parts, tensor, group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous()
-        dist.all_reduce(total, group=ctx.group)
-        return total.chunk(ctx.group.size())[ctx.group.rank()], None
-
-
-def _localize(spec: Any) -> None:
-    """Our attention and norm in a block spec, which is megatron-core's way of choosing parts."""
-    spec.layer_norm = RMSNorm
-    for layer in spec.layer_specs:
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = Attention
-        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
-            if getattr(attention, name, None) not in (None, IdentityOp):
-                setattr(attention, name, RMSNorm)
