@@ -58,7 +58,7 @@ def save(root: Path, backend: Backend, *, step: int, keep: int, position: Positi
     try:
         world.alone(lambda: _begin(part))
         backend.save_weights(part / "model")
-        backend.save_state(part)
+        _together(world, lambda: backend.save_state(part))
         _together(world, lambda: torch.save({"random": _random_state()}, part / f"rank{world.rank}.pt"))
         world.alone(lambda: _end(part, final, step, position or START))
     except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or an error of safetensors

@@ -86,6 +86,8 @@ def _train(words: list[str]) -> int:
         return _fail(" ".join([f"{error}.", *getattr(error, "__notes__", [])]), error.exit_code)
     except KeyboardInterrupt:
         return _fail("stopped at once; the newest whole checkpoint stands", 130)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first rank speaks for all
     for finding in summary(run.root):
         print(f"{'!' if finding.kind == 'warning' else '-'} {finding.text}")
     print(f"done: open {_short(run.report)}")

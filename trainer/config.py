@@ -12,6 +12,7 @@ from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.advantage import Estimator
 from pacenote.trainer.checkpoint import CheckpointConfig
 from pacenote.trainer.fleet import EngineKind
+from pacenote.trainer.megatron_config import MegatronConfig
 from pacenote.trainer.model import TinyShape
 from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.rollout_config import RolloutConfig
@@ -48,6 +49,9 @@ class RunConfig:
     """Run folder; none: runs/<recipe>-<time>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer runs."""
+    backend: Literal["hf", "megatron"] = "hf"
+    """What trains the model: hf, transformers, over many ranks sharded by FSDP2; megatron, megatron-core."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
     engine: EngineKind = "embedded"
     """What this machine serves the model with: embedded, or sglang-cpu, real SGLang from the environment that
     `python scripts/install_sglang.py` makes. With --rollout.upstream nothing is started here."""
@@ -140,6 +144,8 @@ class RunConfig:
             raise ValueError(
                 "--exact expects the embedded engine, got --rollout.upstream: another one computes otherwise"
             )
+        if self.backend != "hf":
+            raise ValueError(f"--exact expects --backend hf, got {self.backend}: it is proven there only")
         if self.device == "cuda" or self.rollout.engine_device not in ("auto", "cpu"):
             raise ValueError("--exact expects trainer and engine on the CPU: it is proven there only")
         if self.threads != self.rollout.engine_threads:

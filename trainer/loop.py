@@ -23,6 +23,7 @@ from pacenote.trainer.fleet import check_engine
 from pacenote.trainer.game import Game
 from pacenote.trainer.hf import HfBackend
 from pacenote.trainer.leader import Leader
+from pacenote.trainer.megatron import MegatronBackend
 from pacenote.trainer.model import build_tiny
 from pacenote.trainer.position import START, Position, load_position
 from pacenote.trainer.report import write_report
@@ -83,6 +84,9 @@ def make_backend(config: RunConfig, model: Path, device: str, world: World) -> B
     if config.threads:  # before anything is computed: an exact back end tries itself out as it will run
         torch.set_num_threads(config.threads)
     temperature = config.rollout.temperature
+    if config.backend == "megatron":
+        layout = config.megatron
+        return MegatronBackend(model, config.optim, layout, device=device, temperature=temperature, world=world)
     return HfBackend(model, config.optim, device=device, temperature=temperature, exact=config.exact, world=world)
 
 

@@ -104,8 +104,15 @@ def save(
         model.save_pretrained(out, state_dict=state)  # type: ignore[operator]
     except SafetensorError as error:  # which says so of a full disk
         raise OSError(errno.EIO, str(error), str(out)) from error
-    for file in tokenizer_files(tokenizer_from):
-        shutil.copyfile(file, out / file.name)
+    copy_files(tokenizer_from, out, configs=False)
+
+
+def copy_files(model: Path, out: Path, *, configs: bool = True) -> None:
+    """Copy a model directory's tokenizer to another one, and its configs."""
+    named = [model / name for name in ("config.json", "generation_config.json") if configs and (model / name).is_file()]
+    for file in (*tokenizer_files(model), *named):
+        if file.parent.resolve() != out.resolve():
+            shutil.copyfile(file, out / file.name)
 
 
 def disk_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
