@@ -5,7 +5,7 @@ Legend: T tokens, L MoE layers, K experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,6 @@ class Audit:
     overlap: NDArray[np.int64]
     missing: NDArray[np.int64]
     margin: NDArray[np.float64]
-
-    def zeroed(self) -> Audit:
-        """The same layers with nothing counted."""
-        counts = {name: np.zeros_like(self.replayed) for name in COUNTERS}
-        return replace(self, margin=np.full_like(self.margin, np.nan), **counts)  # type: ignore[arg-type]
 
     def __getitem__(self, name: str) -> NDArray[np.int64]:
         """The counter [L] of that name.

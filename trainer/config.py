@@ -101,12 +101,7 @@ class RunConfig:
         self._check_engine()
         if self.exact:
             self._check_exact()
-        if self.rollout.max_staleness < 0:
-            raise ValueError(f"--rollout.max-staleness expects at least 0, got {self.rollout.max_staleness}")
-        if self.rollout.engines and self.rollout.upstream is None:
-            raise ValueError("--rollout.engines expects --rollout.upstream, the gateway in front of them")
-        if self.rollout.temperature <= 0:
-            raise ValueError(f"--rollout.temperature expects a number above 0, got {self.rollout.temperature}")
+        self._check_rollout()
         if self.reference is not None and not self.loss.kl_coef:
             raise ValueError("--reference expects --loss.kl-coef above 0: without it nobody asks the reference policy")
         if not 0 <= self.overlong_buffer <= self.rollout.max_tokens:
@@ -118,10 +113,35 @@ class RunConfig:
             raise ValueError(f"--optim.decay expects a share of the run in [0, 1], got {self.optim.decay}")
         if self.optim.guard.spike is not None and self.optim.guard.spike <= 1:
             raise ValueError(f"--optim.guard.spike expects a number above 1, got {self.optim.guard.spike}")
-        if not self.rollout.patience > 0:
-            raise ValueError(f"--rollout.patience expects seconds above 0, got {self.rollout.patience}")
         if self.optim.lr <= 0 or self.optim.grad_clip <= 0:
             raise ValueError("--optim.lr and --optim.grad-clip expect numbers above 0")
+
+    def _check_rollout(self) -> None:
+        """What may wait for what."""
+        rollout = self.rollout
+        for name, number in (("max-staleness", rollout.max_staleness), ("ahead", rollout.ahead)):
+            if number < 0:
+                raise ValueError(f"--rollout.{name} expects at least 0, got {number}")
+        if rollout.max_staleness < rollout.ahead:
+            raise ValueError(
+                f"--rollout.ahead {rollout.ahead} expects --rollout.max-staleness of at least as much, got "
+                f"{rollout.max_staleness}: what is played ahead is of weights that many versions old"
+            )
+        if rollout.oversample < 0 or (rollout.oversample and rollout.ahead):
+            raise ValueError(
+                f"--rollout.oversample expects a share of at least 0, without --rollout.ahead, got "
+                f"{rollout.oversample}: "
+                "ahead of the trainer nothing has to be broken off"
+            )
+        if rollout.max_tries < 1:
+            raise ValueError(f"--rollout.max-tries expects at least 1, got {rollout.max_tries}")
+        for name, seconds in (("patience", rollout.patience), ("episode-timeout", rollout.episode_timeout)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"--rollout.{name} expects seconds above 0, got {seconds}")
+        if rollout.engines and rollout.upstream is None:
+            raise ValueError("--rollout.engines expects --rollout.upstream, the gateway in front of them")
+        if rollout.temperature <= 0:
+            raise ValueError(f"--rollout.temperature expects a number above 0, got {rollout.temperature}")
 
     def _check_engine(self) -> None:
         """What real SGLang on a CPU goes with."""

@@ -193,10 +193,8 @@ class MegatronBackend:
         return norm, reason
 
     def audit(self) -> Audit:
-        """Counts by layer since the last call; zeros where another tensor-parallel rank counts the same rows."""
-        found = self.replay.audit(reset=True)
-        doubled = self.ranks.tensor.rank() > 0 and not self.layout.sequence_parallel
-        return found.zeroed() if doubled else found
+        """Counts by layer since the last call: each rank sees positions, or layers, of its own."""
+        return self.replay.audit(reset=True)
 
     def save_weights(self, out: Path) -> None:
         """Write a model directory that an engine can load, each rank its part."""

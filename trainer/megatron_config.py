@@ -1,4 +1,4 @@
-"""A transformers config in megatron-core's words: GLM-4.7-Flash, DeepSeek-V3 and Moonlight, Qwen3-MoE.
+"""A transformers config in megatron-core's words: GLM-4.7-Flash, DeepSeek-V3, Qwen3-MoE.
 
 Every number is the model's own; what the families differ in is said here and nowhere else.
 """
@@ -21,9 +21,7 @@ class MegatronConfig:
     """Parallel sizes of the megatron back end. The rest of torchrun's processes is data-parallel."""
 
     tensor: int = 1
-    """Ranks that cut matrices and heads (TP)."""
-    sequence: bool = True
-    """With tensor ranks: cut norms and routers by positions, too (SP)."""
+    """Ranks that cut matrices and heads (TP), and between these positions (SP): experts ask for it."""
     expert: int = 1
     """Ranks that have other experts (EP), of the data-parallel and tensor ones."""
     expert_tensor: int | None = None
@@ -60,7 +58,7 @@ class MegatronConfig:
     @property
     def sequence_parallel(self) -> bool:
         """Whether positions are cut over the tensor ranks."""
-        return self.sequence and self.tensor > 1
+        return self.tensor > 1
 
 
 def transformer_config(hf: Any, layout: MegatronConfig) -> Any:
@@ -133,8 +131,19 @@ def _mla(hf: Any) -> dict[str, Any]:
     """GLM-4.7-Flash and DeepSeek-V3: latent attention, sigmoid scores with a bias that only selects, shared experts."""
     groups = getattr(hf, "n_group", 1) or 1
     grouped = {"moe_router_num_groups": groups, "moe_router_group_topk": hf.topk_group} if groups > 1 else {}
+    if groups > 1 and hf.num_experts_per_tok // hf.topk_group != 2:
+        raise ValueError(
+            "--backend megatron expects twice as many experts a token as groups, got "
+            f"{hf.num_experts_per_tok} and {hf.topk_group}: the model scores a group by its best two experts, "
+            "megatron-core by the best of a token's experts divided by groups; use --backend hf"
+        )
     if not hf.norm_topk_prob:
         raise ValueError("--backend megatron expects norm_topk_prob, got a model without: use --backend hf")
+    if hf.q_lora_rank is None:
+        raise ValueError(
+            "--backend megatron expects compressed queries (q_lora_rank), got a model without: megatron-core 0.19 "
+            "norms such queries, which the model does not; use --backend hf"
+        )
     return {
         "multi_latent_attention": True,
         "q_lora_rank": hf.q_lora_rank,

@@ -24,6 +24,8 @@ from torch import Tensor
 from pacenote.trainer.megatron_config import MLA_NORM_EPS, MegatronConfig, rope_theta, transformer_config
 from pacenote.trainer.megatron_parts import localize
 
+HAS_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
 
 @contextmanager
 def process_groups(layout: MegatronConfig) -> Iterator[None]:
@@ -90,6 +92,13 @@ def build(hf: Any, layout: MegatronConfig, positions: int) -> tuple[list[Any], l
     if hf.tie_word_embeddings:
         raise ValueError("--backend megatron expects a head with weights of its own, got one tied to the embedding")
     config = transformer_config(hf, layout)
+    if config.multi_latent_attention and layout.tensor > 1 and not HAS_ENGINE:
+        # Their gathered keys of the rotary part get the gradient of a rank's own heads alone.
+        raise ValueError(
+            f"--megatron.tensor {layout.tensor}: expected TransformerEngine for latent attention, got none: megatron-"
+            "core's own layers cut it over tensor ranks with a wrong gradient of kv_a_proj. Install it, or use "
+            "--megatron.expert, context or pipeline"
+        )
     stages = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     if config.num_layers % (layout.pipeline * len(stages)):
         raise ValueError(
@@ -109,9 +118,8 @@ def build(hf: Any, layout: MegatronConfig, positions: int) -> tuple[list[Any], l
 
 
 def _chunk(config: Any, hf: Any, positions: int, stage: int | None) -> Any:
-    engine = importlib.util.find_spec("transformer_engine") is not None
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, vp_stage=stage)
-    if not engine:
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=HAS_ENGINE, vp_stage=stage)
+    if not HAS_ENGINE:
         localize(spec)
     at = {"ignore_virtual": stage is None, "vp_stage": stage}
     tensor = config.tensor_model_parallel_size
@@ -129,9 +137,11 @@ def _chunk(config: Any, hf: Any, positions: int, stage: int | None) -> Any:
     )
     if config.multi_latent_attention:
         for layer in model.decoder.layers:
-            for norm in ("q_layernorm", "kv_layernorm"):
-                if hasattr(getattr(layer.self_attention, norm, None), "eps"):
-                    getattr(layer.self_attention, norm).eps = MLA_NORM_EPS
+            # Without TransformerEngine norms stand alone, with it they are in front of a projection.
+            for part in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+                found: Any = getattr(layer.self_attention, part, None)
+                if hasattr(found, "eps"):
+                    found.eps = MLA_NORM_EPS
     return model
 
 

@@ -239,7 +239,7 @@ class Rollouts:
     def _fill(self) -> None:
         """Begin as many groups as may be in the making."""
         state = self._state
-        room = self.config.prompts * (1 + self.config.ahead) - len(state.running) - len(state.ready)
+        room = self.config.prompts * self.config.ahead - len(state.running) - len(state.ready)
         if not self._closing:
             self._begin(room)
 
