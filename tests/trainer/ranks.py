@@ -103,6 +103,7 @@ def saved_model(family: str, directory: Path) -> Path:
     if not out.exists():
         if family == "glm":
             return build_tiny(out, seed=0)
+        torch.manual_seed(0)
         models.save(build(_TYPES[family], **_FIELDS[family]), out)
     return out
 
