@@ -12,6 +12,7 @@ usage: pacenote <command> ...
 
   train RECIPE [flags]    run a recipe; `pacenote train tiny --help` lists every flag with its default
   train --resume RUN_DIR  go on with an interrupted run
+  plan RECIPE [flags]     memory of a rank and bytes of a step, before anything is started
   report RUN_DIR          write RUN_DIR/report.html again
   engine [flags]          start SGLang engines (or embedded ones), here or on Ray, and register them
   serve [flags]           the session server: OpenAI chat in, exact tokens, logprobs and routes kept
@@ -21,7 +22,7 @@ usage: pacenote <command> ...
   doctor MODEL [flags]    which layers of a model route, and whether replay is exact; a folder or its config.json
   --version               print the version
 
-recipes: tiny
+recipes: tiny, glm47_flash, qwen3_30b_a3b, moonlight, deepseek_v3
 """
 
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     commands = {
         "train": _train,
+        "plan": _plan,
         "report": _report,
         "serve": _serve,
         "sessions": _sessions,
@@ -113,6 +115,15 @@ def _report(words: list[str]) -> int:
         return _fail(str(error), 2)
     print(f"open {_short(path)}")
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    from transformers.utils import logging
+
+    from pacenote.trainer.plan_cli import plan_command
+
+    logging.set_verbosity_error()
+    return plan_command(words)
 
 
 def _serve(words: list[str]) -> int:

@@ -62,6 +62,8 @@ class HfBackend:
         check_packing(self.replay, self.model)
         self.replay.audit(reset=True)  # the check's rows are nobody's
         self.exact = Exact(self.model) if exact else None
+        if config.recompute:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if world.size > 1:
             fsdp.shard(self.model, world, device)
         self.optimizer = torch.optim.AdamW(

@@ -46,6 +46,8 @@ def train(config: RunConfig, environment: Mapping[str, str] = NO_RANKS) -> RunDi
         TrainerError: the run stopped early; the message says how to go on.
     """
     check_engine(config.engine)
+    if config.model is None and config.recipe != "tiny":
+        raise ValueError(f"--model expects a model directory: {config.recipe} has no random initialisation of its own")
     game = Game.load(config)
     device = local_device(pick_device(config), environment)
     with World.join(environment, device) as world:

@@ -80,7 +80,9 @@ class MegatronBackend:
             self._weights, self._optimizers = megatron_weights, megatron_optimizer
             stack.enter_context(megatron_model.process_groups(layout))
             self.shape = megatron_weights.Shape.of(self.hf)
-            self.models, self.wrapped = megatron_model.build(self.hf, layout, self.hf.max_position_embeddings)
+            self.models, self.wrapped = megatron_model.build(
+                self.hf, layout, self.hf.max_position_embeddings, recompute=config.recompute
+            )
             megatron_weights.load(self.models, directory, self.shape)
             self.replay = attach_megatron(self.models)
             self.optimizer = megatron_optimizer.build(self.wrapped, config, layout)

@@ -34,8 +34,6 @@ class MegatronConfig:
     """Chunks of layers a stage (VPP)."""
     distributed_optimizer: bool = True
     """Cut moments and master weights over the data-parallel ranks."""
-    recompute: bool = False
-    """Compute every layer again in backward, instead of keeping what it made."""
     dtype: str = "float32"
     """Number format of the passes: float32, or bfloat16 with float32 master weights and gradients."""
 
@@ -61,12 +59,13 @@ class MegatronConfig:
         return self.tensor > 1
 
 
-def transformer_config(hf: Any, layout: MegatronConfig) -> Any:
+def transformer_config(hf: Any, layout: MegatronConfig, *, recompute: bool = False) -> Any:
     """A TransformerConfig, or MLATransformerConfig, of this rank.
 
     Args:
         hf: of transformers: Glm4MoeLiteConfig, DeepseekV3Config or Qwen3MoeConfig.
         layout: parallel sizes and number format.
+        recompute: compute every layer again in backward.
 
     Raises:
         ValueError: another model, or a feature of one that has no counterpart here.
@@ -78,6 +77,8 @@ def transformer_config(hf: Any, layout: MegatronConfig) -> Any:
             f"--backend megatron knows {', '.join(_FAMILIES)}, got a model of type {hf.model_type!r}: use --backend hf"
         )
     fields = {**_common(hf), **_FAMILIES[hf.model_type](hf), **_parallel(layout)}
+    if recompute:
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     mla = fields.get("multi_latent_attention", False)
     return (MLATransformerConfig if mla else TransformerConfig)(**fields)
 
@@ -193,8 +194,6 @@ def _qwen(hf: Any) -> dict[str, Any]:
 
 def _parallel(layout: MegatronConfig) -> dict[str, Any]:
     more: dict[str, Any] = {}
-    if layout.recompute:
-        more = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if layout.virtual_pipeline is not None:
         more |= {
             "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,

@@ -75,13 +75,14 @@ def _check(layout: MegatronConfig, processes: int) -> None:
             )
 
 
-def build(hf: Any, layout: MegatronConfig, positions: int) -> tuple[list[Any], list[Any]]:
+def build(hf: Any, layout: MegatronConfig, positions: int, *, recompute: bool) -> tuple[list[Any], list[Any]]:
     """This rank's chunks with fresh weights.
 
     Args:
         hf: the model's config, of transformers.
         layout: parallel sizes and number format.
         positions: of the longest sample.
+        recompute: compute every layer again in backward.
 
     Returns:
         The bare models, and the same in their data-parallel wrappers.
@@ -91,7 +92,7 @@ def build(hf: Any, layout: MegatronConfig, positions: int) -> tuple[list[Any], l
     """
     if hf.tie_word_embeddings:
         raise ValueError("--backend megatron expects a head with weights of its own, got one tied to the embedding")
-    config = transformer_config(hf, layout)
+    config = transformer_config(hf, layout, recompute=recompute)
     if config.multi_latent_attention and layout.tensor > 1 and not HAS_ENGINE:
         # Their gathered keys of the rotary part get the gradient of a rank's own heads alone.
         raise ValueError(

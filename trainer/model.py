@@ -44,6 +44,21 @@ class TinyShape:
     initializer_range: float = 0.15
 
 
+def tiny_config(shape: TinyShape) -> Glm4MoeLiteConfig:
+    """The config of such a model, with the tiny tokenizer's vocabulary."""
+    tokens = _token_ids()
+    fields: dict[str, Any] = {name: getattr(shape, name) for name in TinyShape.__slots__}
+    return Glm4MoeLiteConfig(
+        vocab_size=len(tokens),
+        num_key_value_heads=shape.num_attention_heads,
+        pad_token_id=tokens["<|endoftext|>"],
+        bos_token_id=None,
+        eos_token_id=[tokens[name] for name in STOP_TOKENS],
+        first_k_dense_replace=1,  # SGLang reads this where transformers reads mlp_layer_types
+        **fields,
+    )
+
+
 def build_tiny(out: Path, *, seed: int, shape: TinyShape | None = None) -> Path:
     """Write a randomly initialised `Glm4MoeLiteForCausalLM` with the tiny GLM-4.7-format tokenizer.
 
@@ -56,18 +71,7 @@ def build_tiny(out: Path, *, seed: int, shape: TinyShape | None = None) -> Path:
         `out`. Weights are float32; the routers' score-correction bias [E] is drawn too, so that selection and weight
         really use different scores, as in a trained model.
     """
-    shape = shape or TinyShape()
-    tokens = _token_ids()
-    fields: dict[str, Any] = {name: getattr(shape, name) for name in TinyShape.__slots__}
-    config = Glm4MoeLiteConfig(
-        vocab_size=len(tokens),
-        num_key_value_heads=shape.num_attention_heads,
-        pad_token_id=tokens["<|endoftext|>"],
-        bos_token_id=None,
-        eos_token_id=[tokens[name] for name in STOP_TOKENS],
-        first_k_dense_replace=1,  # SGLang reads this where transformers reads mlp_layer_types
-        **fields,
-    )
+    config = tiny_config(shape or TinyShape())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Glm4MoeLiteForCausalLM(config)

@@ -28,6 +28,8 @@ class OptimConfig:
     """Optimizer steps a training step: each takes an equal share of the samples, shuffled."""
     microbatch_tokens: int = 768
     """Positions that go through the model at once, on each data-parallel rank."""
+    recompute: bool = False
+    """Compute every layer again in backward, instead of keeping what it made."""
     max_len: int | None = None
     """Longest sample in tokens; the tail of a longer one is cut."""
     replay_provenance: tuple[Provenance, ...] = ("prefill", "decode", "cached")

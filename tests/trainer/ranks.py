@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.rollout.trajectory import Trajectory
@@ -31,7 +32,7 @@ from pacenote.trainer.world import World
 from tests.replay.conftest import build
 from tests.trainer import recorded
 
-STEPS, LENGTH = 3, recorded.LENGTH
+STEPS, LENGTH = 2, recorded.LENGTH
 OPTIM = OptimConfig(lr=1e-3, warmup=1, minibatches=2, microbatch_tokens=60, max_len=LENGTH)
 TOKEN = PolicyConfig(entropy_coef=0.01)
 
@@ -47,6 +48,7 @@ class Case:
     mode: ReplayMode = "rollout"
     samples: int = recorded.COUNT
     resumed: bool = False
+    recompute: bool = False
 
 
 def _megatron(**fields: Any) -> Case:
@@ -64,11 +66,12 @@ CASES = {
     "hf_resumed": Case(resumed=True),
     "ep2": _megatron(expert=2),
     "ep2_bf16": _megatron(expert=2, dtype="bfloat16"),
-    "cp2": _megatron(context=2, recompute=True),
+    "cp2": replace(_megatron(context=2), recompute=True),
     "cp2_sequences": replace(_megatron(context=2), loss=SEQUENCES),
     "cp2_trainer": replace(_megatron(context=2), mode="trainer"),
     "pp2": _megatron(pipeline=2),
-    "pp2_vpp3": _megatron(pipeline=2, virtual_pipeline=3, recompute=True, distributed_optimizer=False),
+    "pp2_vpp3": replace(_megatron(pipeline=2, virtual_pipeline=3, distributed_optimizer=False), recompute=True),
+    "hf_recomputed": Case(recompute=True),
     "pp2_trainer": replace(_megatron(pipeline=2), mode="trainer"),
     "dp2_resumed": replace(_megatron(), resumed=True),
     "dp2_few": replace(_megatron(), samples=5),
@@ -94,6 +97,7 @@ class Outcome:
     """Of a case on a rank: metrics by step, as every rank has them, and on the first the weights at the end."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
+    held: tuple[int, int] = (0, 0)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -115,9 +119,10 @@ def uneven(trajectories: list[Trajectory], count: int) -> list[Sample]:
 
 
 def open_backend(case: Case, model: Path, world: World) -> Backend:
+    optim = replace(OPTIM, recompute=case.recompute)
     if case.layout is None:
-        return HfBackend(model, OPTIM, device="cpu", temperature=0.9, world=world)
-    return MegatronBackend(model, OPTIM, case.layout, device="cpu", temperature=0.9, world=world)
+        return HfBackend(model, optim, device="cpu", temperature=0.9, world=world)
+    return MegatronBackend(model, optim, case.layout, device="cpu", temperature=0.9, world=world)
 
 
 def one_step(backend: Backend, case: Case, samples: list[Sample], step: int) -> dict[str, float]:
@@ -140,6 +145,26 @@ def one_step(backend: Backend, case: Case, samples: list[Sample], step: int) -> 
     }
 
 
+def held(backend: Backend) -> tuple[int, int]:
+    """Numbers in this rank's weights, and bytes of its optimizer: moments, and masters of bfloat16 weights."""
+    if isinstance(backend, HfBackend):
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in backend.model.parameters()]
+        states = [backend.optimizer.state[p] for p in backend.model.parameters()]
+        masters: list[torch.Tensor] = []
+    else:
+        assert isinstance(backend, MegatronBackend)
+        from pacenote.trainer import megatron_optimizer
+
+        local = [p for chunk in backend.models for p in chunk.parameters()]
+        inner = megatron_optimizer._inner(backend.optimizer)
+        states = [state for one in inner for state in one.state.values()]
+        stepped = [p for one in inner for group in one.param_groups for p in group["params"]]
+        masters = stepped if backend.layout.dtype == "bfloat16" else []
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    parts = [m.to_local() if isinstance(m, DTensor) else m for m in (*moments, *masters)]
+    return sum(p.numel() for p in local), sum(p.numel() * p.element_size() for p in parts)
+
+
 def run(case: Case, model: Path, directory: Path, world: World) -> Outcome:
     """Some training steps; a resumed case is saved after the first, and goes on as another back end."""
     samples = uneven(recorded.record(model), case.samples)
@@ -152,6 +177,7 @@ def run(case: Case, model: Path, directory: Path, world: World) -> Outcome:
             backend.close()
             backend = open_backend(case, saved / "model", world)
             checkpoint.restore(saved, backend)
+    outcome.held = held(backend)
     backend.save_weights(directory / "model")
     backend.close()
     if world.leads:
@@ -162,7 +188,7 @@ def run(case: Case, model: Path, directory: Path, world: World) -> Outcome:
 
 def reference(case: Case) -> Case:
     """What a case must equal: transformers, on one process."""
-    return replace(case, layout=None, resumed=False)
+    return replace(case, layout=None, resumed=False, recompute=False)
 
 
 def refusal(model: Path, world: World) -> str:
@@ -186,7 +212,7 @@ def main() -> None:
             folder = directory / name
             model = world.lead(partial(saved_model, case.family, directory))
             outcome = run(case, model, folder, world)
-            results[name] = (outcome.rows, outcome.weights)
+            results[name] = (outcome.rows, outcome.weights, outcome.held)
         if size > 1:
             results["refusal"] = refusal(world.lead(partial(saved_model, "glm", directory)), world)
     torch.save(results, directory / f"rank{rank}.pt")
