@@ -198,8 +198,9 @@ def memory(hf: Any, config: RunConfig, world: int, tokens: int) -> Memory:
 def activation_bytes(hf: Any, tokens: int, *, bytes_each: int, recompute: bool) -> int:
     """What autograd keeps of a microbatch of T tokens, all layers, on one rank; an estimate.
 
-    It is 0.83 of what transformers' modules keep of the tiny model in float32, attention's weights aside. Counted are the inputs of products, norms, activation functions and attention, as in Korthikanti et al. (arXiv
-    2205.05198, section 4) with K experts a token for one MLP and latent attention's own tensors. With recomputation a
+    Counted are the inputs of products, norms, activation functions and attention, as in Korthikanti et al. (arXiv
+    2205.05198, section 4) with K experts a token for one MLP and latent attention's own tensors; attention is taken to
+    keep no weights. This is 0.83 of what transformers' modules keep of the tiny model in float32. With recomputation a
     layer keeps its input, and one layer is whole while it is computed again.
     """
     layers = [_layer_numbers(hf, sparse=sparse) for sparse in _sparse_layers(hf)]

@@ -6,6 +6,7 @@ is the order of sums: STATED bounds every number of two training steps, of two o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
