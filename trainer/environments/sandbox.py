@@ -75,10 +75,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sandbox:
-    """Runs programs, at most `at_once` at a time; safe to share between threads."""
+    """Runs programs, at most `at_once` at a time; safe to share between threads. `namespaces`: ask the kernel for them."""
 
     limits: Limits = field(default_factory=Limits)
     at_once: int = field(default_factory=lambda: os.cpu_count() or 1)
+    namespaces: bool = True
     _room: threading.BoundedSemaphore = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +106,7 @@ class Sandbox:
         spec = {
             "command": list(command), "files": dict(files), "stdin": stdin, "cpu": limits.cpu, "memory": limits.memory,
             "output": limits.output, "disk": limits.disk, "processes": limits.processes, "open_files": limits.open_files,
+            "namespaces": self.namespaces,
         }  # fmt: skip
         with self._room, tempfile.TemporaryDirectory(prefix="pacenote-sandbox-") as folder, Leash() as leash:
             words = [sys.executable, "-I", "-S", str(_INIT), folder]

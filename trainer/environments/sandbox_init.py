@@ -23,7 +23,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWN
 )  # fmt: skip
 MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x4000, 0x40000, 2, 4
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1  # the number is that of every CPU
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,7 +31,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main(folder: str) -> None:
     """Read what to run from stdin, run it in `folder`, write what became of it to stdout."""
     spec: dict[str, Any] = json.load(sys.stdin)
-    walls = enter_namespaces(folder, spec["disk"]) or drop_root(folder, spec["command"][0])
+    walls = enter_namespaces(folder, spec["disk"]) if spec["namespaces"] else []
+    walls = walls or drop_root(folder, spec["command"][0])
     write_files(folder, spec["files"])
     streams = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("stdin", "stdout", "stderr")]
     os.write(streams[0], spec["stdin"].encode())
@@ -70,22 +71,24 @@ def enter_namespaces(folder: str, disk: int) -> list[str]:
 
 
 def drop_root(folder: str, program: str) -> list[str]:
-    """Become nobody if root, and if nobody may run `program`; names the wall."""
+    """Become nobody if root, and if nobody may run `program`; names the wall. Otherwise keep root's files, not its powers."""
     if os.geteuid() != 0:
         return []
-    os.chown(folder, NOBODY, NOBODY)
+    os.setgroups([])
     child = os.fork()
     if child == 0:
-        os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         os._exit(not os.access(program, os.X_OK))
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-        return []
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    return ["user"]
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        os.chown(folder, NOBODY, NOBODY)
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        return ["user"]
+    for capability in range(64):
+        _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    os.setresuid(NOBODY, 0, 0)  # as above: the real root's processes are not limited
+    return []
 
 
 def write_files(folder: str, files: dict[str, str]) -> None:
@@ -98,14 +101,18 @@ def write_files(folder: str, files: dict[str, str]) -> None:
 
 
 def count_own_tasks() -> int:
-    """Threads that run under this user's id: the limit of the kernel counts them all."""
+    """Threads whose real user is this process's: the kernel's limit counts them all."""
     total = 0
     for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
         try:
-            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
-                total += len(os.listdir(f"/proc/{name}/task"))
+            with open(f"/proc/{name}/status") as file:
+                lines = dict(line.split(":", 1) for line in file)
         except OSError:  # it has ended
             continue
+        if int(lines["Uid"].split()[0]) == os.getuid():
+            total += int(lines["Threads"])
     return total
 
 
