@@ -13,7 +13,7 @@ import numpy as np
 from pacenote.trainer.collect import Episode
 from pacenote.trainer.tasks import Task, TaskSource, read_jsonl
 
-_APART = 0x5EED_E7A1  # mixed into the run's seed; no run's seed plus this is a seed that it draws tasks from
+_APART = 0x5EED_E7A1  # xor of the seed: tasks are drawn from "seed/step", so these are other draws than training's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
