@@ -35,7 +35,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""
-        for name, value, least in (("every", self.every, 0), ("prompts", self.prompts, 1), ("samples", self.samples, 1)):
+        for name, value, least in (
+            ("every", self.every, 0),
+            ("prompts", self.prompts, 1),
+            ("samples", self.samples, 1),
+        ):
             if value < least:
                 raise ValueError(f"--eval.{name} expects at least {least}, got {value}")
         if not 0 <= self.temperature < math.inf:

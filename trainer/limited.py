@@ -19,7 +19,7 @@ async def call(function: Callable[..., Any], *args: Any, timeout: float | None =
     """What `function(*args)` returns, awaited where that is an awaitable.
 
     An `async def` runs on the event loop. Everything else runs in a thread of its own, so several calls of one function
-    may be under way at once. The threads are daemons: one that never ends delays neither the loop's end nor the program's.
+    may be under way at once. The threads are daemons: one that never ends delays the end of neither loop nor program.
 
     Args:
         timeout: seconds; None is no limit.
@@ -55,7 +55,8 @@ async def _in_thread(function: Callable[..., Any], args: tuple[Any, ...]) -> Any
             done.set_exception(error)
 
     def work() -> None:
-        value, error = None, None
+        value: Any = None
+        error: BaseException | None = None
         try:
             value = context.run(function, *args)
         except (SystemExit, StopIteration) as caught:

@@ -134,7 +134,7 @@ async def judge(reward: Reward, messages: list[Message], label: Any, *, timeout:
 
 
 async def score(reward: Reward, messages: list[Message], label: Any, timeout: float | None = None) -> float | None:
-    """The value of `judge`: None where the reward gives None, NaN, something that is not a number, or takes too long."""
+    """The value of `judge`: None where the reward gives None, NaN, what is not a number, or takes too long."""
     return (await judge(reward, messages, label, timeout=timeout)).value
 
 

@@ -110,7 +110,7 @@ def road(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     logs = tmp_path_factory.mktemp("road")
     engine_port, port = free_port(), free_port()
     behind, url = f"http://127.0.0.1:{engine_port}", f"http://127.0.0.1:{port}"
-    command = engine_command(tiny_dir, port=engine_port, context_length=200, dtype="float32")
+    command = engine_command(tiny_dir, port=engine_port, context_length=1200, dtype="float32")
     front = sessions_command(tiny_dir, upstream=behind, port=port, extra=["--tito-allowed-append-roles", *ROLES])
     with (
         Service("engine", command, url=behind, log=logs / "engine.log") as engine,

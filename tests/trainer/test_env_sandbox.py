@@ -49,7 +49,9 @@ def test_nothing_is_inherited(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch)
     os.set_inheritable(writer, True)
     source = "import os; print(sorted(os.environ), os.listdir('.'), len(os.listdir('/proc/self/fd')), os.getsid(0)==os.getpid())"
     said = sandbox.python(source).stdout
-    assert said.replace("'LC_CTYPE'", "") == "[] ['program.py'] 4 True\n"  # python sets LC_CTYPE; one is the listing's own
+    assert (
+        said.replace("'LC_CTYPE'", "") == "[] ['program.py'] 4 True\n"
+    )  # python sets LC_CTYPE; one is the listing's own
     os.close(reader)
     os.close(writer)
 

@@ -1,8 +1,8 @@
 """Environment: the policy calls Python functions until it answers without a call.
 
-The functions are those in TOOLS of a module, `{name: function}`, and no others: the module is named by the task's `toolbox`
-(a row's "toolbox" in JSON lines) or by a `ToolLoop` of your own. Whatever is wrong with a call comes back to the policy
-as the call's result.
+The functions are those in TOOLS of a module, `{name: function}`, and no others: the module is named by the task's
+`toolbox` (a row's "toolbox" in JSON lines) or by a `ToolLoop` of your own. Whatever is wrong with a call comes back to
+the policy as the call's result.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ToolLoop:
     async def _result(self, tools: Tools, call: Any) -> str:
         function = call.get("function") if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or name not in tools:
+        if not isinstance(function, dict) or not isinstance(name, str) or name not in tools:
             return f"error: there is no tool {name!r}; the tools are: {', '.join(sorted(tools))}"
         given = function.get("arguments") or "{}"
         try:
