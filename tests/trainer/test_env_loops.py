@@ -110,7 +110,7 @@ def road(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     logs = tmp_path_factory.mktemp("road")
     engine_port, port = free_port(), free_port()
     behind, url = f"http://127.0.0.1:{engine_port}", f"http://127.0.0.1:{port}"
-    command = engine_command(tiny_dir, port=engine_port, context_length=1200, dtype="float32")
+    command = engine_command(tiny_dir, port=engine_port, context_length=400, dtype="float32")
     front = sessions_command(tiny_dir, upstream=behind, port=port, extra=["--tito-allowed-append-roles", *ROLES])
     with (
         Service("engine", command, url=behind, log=logs / "engine.log") as engine,
@@ -181,6 +181,7 @@ def test_an_agent_that_is_a_coroutine(road: str) -> None:
 
 
 def test_the_tool_loop_on_the_road(road: str) -> None:
-    messages, trained = on_road(road, ToolLoop(turns=2), ASK)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    messages, trained = on_road(road, ToolLoop(turns=2), Task(messages=ASK.messages, tools=tools, toolbox=TOOLBOX))
     assert messages[1]["role"] == "assistant"
     assert trained > 0

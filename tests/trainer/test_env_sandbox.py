@@ -47,7 +47,10 @@ def test_nothing_is_inherited(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("SECRET", "1")
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
-    source = "import os; print(sorted(os.environ), os.listdir('.'), len(os.listdir('/proc/self/fd')), os.getsid(0)==os.getpid())"
+    source = """
+import os
+print(sorted(os.environ), os.listdir("."), len(os.listdir("/proc/self/fd")), os.getsid(0) == os.getpid())
+"""
     said = sandbox.python(source).stdout
     assert (
         said.replace("'LC_CTYPE'", "") == "[] ['program.py'] 4 True\n"
@@ -106,7 +109,15 @@ def test_fork_bomb_leaves_nothing(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("ends", [True, False])
 def test_children_that_leave_are_found(sandbox: Sandbox, ends: bool) -> None:
     mark = uuid.uuid4().hex
-    source = f"import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(99)\nelse: time.sleep({0 if ends else 99})"
+    source = f"""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(99)
+else:
+    time.sleep({0 if ends else 99})
+"""
     assert hasty(sandbox, 2.0).run([sys.executable, "-I", "-c", source, mark], {}).code == (0 if ends else None)
     assert running(mark) == []
 

@@ -1,9 +1,9 @@
-"""Environment: an agent of somebody's, which gets a base URL and a working folder, and a verifier that looks at the folder.
+"""Environment: an agent of somebody's, which gets a base URL and a working folder, and its verifier.
 
 The agent is a command or a Python coroutine function. A command finds OPENAI_BASE_URL and OPENAI_API_KEY in its
 environment, and the task in `task.json` of its folder: `messages`, `tools` and `sampling`, the fields that each of its
-requests should carry (temperature and max_tokens among them: the trainer computes with the run's temperature). When it has
-ended, all that it started is killed, the conversation is read back from the session server, and the verifier gives
+requests should carry (temperature and max_tokens among them: the trainer computes with the run's temperature). When it
+has ended, all that it started is killed, the conversation is read back from the session server, and the verifier gives
 the reward. A command is limited in time; it is not in a sandbox.
 """
 

@@ -1,8 +1,8 @@
 """Code that is worth what its tests say: the answer's last fenced code block, run in a sandbox.
 
 A label is `{"cases": [{"stdin": TEXT, "stdout": TEXT}, ...]}`, of which each is a run of the program, or
-`{"asserts": TEXT or [TEXT, ...]}`, Python statements that run after it. The former never show the program what is expected;
-asserts run in the program's own process, where code that is out to cheat can find them.
+`{"asserts": TEXT or [TEXT, ...]}`, Python statements that run after it. The former never show the program what is
+expected; asserts run in the program's own process, where code that is out to cheat can find them.
 """
 
 from __future__ import annotations

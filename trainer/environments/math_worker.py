@@ -1,8 +1,8 @@
 """A program of its own: compares mathematical expressions, one JSON line in, one out. `math` starts it.
 
-In: [label, answer or null, seconds]. Out: null if the label cannot be parsed, else whether the answer is equal to it; an
-answer of null only asks for the label. SIGALRM, at its default action, ends the process when the time is over: sympy may
-be inside a number that no Python exception reaches.
+In: [label, answer or null, seconds]. Out: null if the label cannot be parsed, else whether the answer is equal to it;
+an answer of null only asks for the label. SIGALRM, at its default action, ends the process when the time is over:
+sympy may be inside a number that no Python exception reaches.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class Outcome:
         code: exit code; minus the signal's number if one ended it; None if the time was over.
         stdout, stderr: what it wrote, up to `Limits.output`; empty if the time was over.
         truncated: one of them reached that limit.
-        walls: of "network", "processes", "files" and "user", those that stood; "user" means nobody's id instead of root's.
+        walls: of "network", "processes", "files" and "user", those that stood; "user" means nobody's id instead of
+            root's.
     """
 
     code: int | None
@@ -75,7 +76,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sandbox:
-    """Runs programs, at most `at_once` at a time; safe to share between threads. `namespaces`: ask the kernel for them."""
+    """Runs programs, at most `at_once` at a time; safe to share between threads; `namespaces`: with walls."""
 
     limits: Limits = field(default_factory=Limits)
     at_once: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -105,8 +106,8 @@ class Sandbox:
         limits = self.limits
         spec = {
             "command": list(command), "files": dict(files), "stdin": stdin, "cpu": limits.cpu, "memory": limits.memory,
-            "output": limits.output, "disk": limits.disk, "processes": limits.processes, "open_files": limits.open_files,
-            "namespaces": self.namespaces,
+            "output": limits.output, "disk": limits.disk, "processes": limits.processes,
+            "open_files": limits.open_files, "namespaces": self.namespaces,
         }  # fmt: skip
         with self._room, tempfile.TemporaryDirectory(prefix="pacenote-sandbox-") as folder, Leash() as leash:
             words = [sys.executable, "-I", "-S", str(_INIT), folder]

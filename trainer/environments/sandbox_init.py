@@ -2,9 +2,9 @@
 
     python -I -S sandbox_init.py FOLDER < spec.json > report.json
 
-Standard library only. Where the kernel allows it, the command gets namespaces of its own (user_namespaces(7)): no network,
-no sight of other processes, a file system that can be read but not written, and FOLDER as a small file system in memory.
-Otherwise there remain the resource limits, and another user's id if this one is root's.
+Standard library only. Where the kernel allows it, the command gets namespaces of its own (user_namespaces(7)): no
+network, no sight of other processes, a file system that can be read but not written, and FOLDER as a small file system
+in memory. Otherwise there remain the resource limits, and another user's id if this one is root's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def enter_namespaces(folder: str, disk: int) -> list[str]:
 
 
 def drop_root(folder: str, program: str) -> list[str]:
-    """Become nobody if root, and if nobody may run `program`; names the wall. Otherwise keep root's files, not its powers."""
+    """Become nobody if root, and if nobody may run `program`; names the wall. Else keep root's files only."""
     if os.geteuid() != 0:
         return []
     os.setgroups([])
@@ -139,7 +139,7 @@ def run(command: list[str], folder: str, streams: list[int], spec: dict[str, Any
 
 
 def become(command: list[str], folder: str, streams: list[int], spec: dict[str, Any], processes: int) -> None:
-    """Replace this process by the command, within the limits; returns only by an error, written to its stderr."""
+    """Replace this process by the command, within the limits; returns only by an error, which stderr gets."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
