@@ -117,7 +117,7 @@ def count_own_tasks() -> int:
 
 
 def run(command: list[str], folder: str, streams: list[int], spec: dict[str, Any], processes: int) -> int:
-    """Exit code of the command, minus the signal's number if one ended it. Its children in the namespace end with it."""
+    """Exit code of the command, minus the signal's number if one ended it. Children in the namespace end with it."""
     told, tell = os.pipe()
     init = os.fork()
     if init == 0:  # process 1 of the namespace: the kernel kills all others when it ends
