@@ -59,6 +59,10 @@ print(sorted(os.environ), os.listdir("."), len(os.listdir("/proc/self/fd")), os.
     os.close(writer)
 
 
+def test_python_is_this_one(sandbox: Sandbox) -> None:
+    assert sandbox.python("import os; print(os.__file__)").stdout.strip() == os.__file__
+
+
 def test_output_is_bounded(sandbox: Sandbox) -> None:
     done = sandbox.python("while True: print('x' * 999)")
     assert done.truncated
