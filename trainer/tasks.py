@@ -1,7 +1,8 @@
 """Tasks, environments and rewards: what the policy is asked, who answers it, and what that was worth.
 
 An environment is one async function over a chat: it sends messages, reads answers and returns the whole conversation.
-A reward is one function of that conversation and the task's label. Both are named by import path, `module:function`.
+A reward is one function of that conversation and the task's label, sync or async. Both are named by import path,
+`module:function`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,29 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import httpx
+
+from pacenote.trainer import limited
 
 Message: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One prompt: OpenAI `messages` to start from, the `label` that the reward knows, and OpenAI `tools` if any."""
+    """One prompt: OpenAI `messages` to start from, the `label` that the reward knows, and OpenAI `tools` if any.
+
+    `toolbox` names the module whose TOOLS the environment `environments.tools:tool_loop` calls.
+    """
 
     messages: list[Message]
     label: Any = None
     tools: list[Message] | None = None
+    toolbox: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +86,72 @@ async def single_turn(chat: Chat, task: Task) -> list[Message]:
     return [*task.messages, await chat(task.messages, **({"tools": task.tools} if task.tools else {}))]
 
 
+def answer_text(messages: list[Message]) -> str:
+    """Text of the last assistant message, its text parts joined; empty where there is none."""
+    content = next((m.get("content") for m in reversed(messages) if m["role"] == "assistant"), None)
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content or "")
+
+
 def contains_label(messages: list[Message], label: Any) -> float:
     """Reward: 1 if the last assistant message contains the label's text, else 0."""
-    answer = next((m.get("content") or "" for m in reversed(messages) if m["role"] == "assistant"), "")
-    return float(str(label) in answer)
+    return float(str(label) in answer_text(messages))
 
 
-async def score(reward: Reward, messages: list[Message], label: Any) -> float | None:
-    """Call a reward, sync or async; None where it gives None, NaN or something that is not a number."""
-    value = reward(messages, label)
-    if inspect.isawaitable(value):
-        value = await value
+Unrewarded: TypeAlias = Literal["timeout", "none", "not a number", "not finite"]
+"""Why a conversation has no reward: the limit was over, the reward gave None, something else, or NaN or infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What a conversation earned: a finite `value`, or None and the reason."""
+
+    value: float | None
+    reason: Unrewarded | None = None
+
+
+async def judge(reward: Reward, messages: list[Message], label: Any, *, timeout: float | None = None) -> Worth:
+    """Call a reward; one that is not `async def` runs in a thread, so that it does not hold the event loop up.
+
+    Args:
+        timeout: seconds; None is no limit.
+
+    Raises:
+        Exception: what the reward raised.
+    """
+    try:
+        value = await limited.call(reward, messages, label, timeout=timeout)
+    except limited.OutOfTime:
+        return Worth(None, "timeout")
+    if value is None:
+        return Worth(None, "none")
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+        return Worth(None, "not a number")
+    return Worth(number) if math.isfinite(number) else Worth(None, "not finite")
+
+
+async def score(reward: Reward, messages: list[Message], label: Any, timeout: float | None = None) -> float | None:
+    """The value of `judge`: None where the reward gives None, NaN, what is not a number, or takes too long."""
+    return (await judge(reward, messages, label, timeout=timeout)).value
+
+
+def check_labels(reward: Reward, tasks: Iterable[Task]) -> None:
+    """Let a reward look at the labels before a run: `check_label(label)` of the reward's module, if it has one.
+
+    Raises:
+        ValueError: a label is wrong; the message counts the task from 1 and says what `check_label` said.
+    """
+    check = getattr(inspect.getmodule(reward), "check_label", None)
+    if not callable(check):
+        return
+    for number, task in enumerate(tasks, 1):
+        try:
+            check(task.label)
+        except ValueError as error:
+            raise ValueError(f"label of task {number}: {error}") from error
 
 
 def load_callable(path: str, what: str) -> Any:
@@ -165,4 +222,7 @@ def _task(line: str, path: Path, number: int) -> Task:
             raise fail(f"messages[{place}] is not an object with a role")
     if messages[-1]["role"] == "assistant":
         raise fail("the last message is the assistant's; end on the turn that the policy has to answer")
-    return Task(messages=messages, label=row.get("label"), tools=row.get("tools"))
+    toolbox = row.get("toolbox")
+    if toolbox is not None and not isinstance(toolbox, str):
+        raise fail(f"expected 'toolbox' to be a module's name, got {type(toolbox).__name__}")
+    return Task(messages=messages, label=row.get("label"), tools=row.get("tools"), toolbox=toolbox)
