@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pacenote.kernels.policy import PolicyConfig
 from pacenote.trainer.advantage import Estimator
 from pacenote.trainer.checkpoint import CheckpointConfig
+from pacenote.trainer.evaluate import EvalConfig
 from pacenote.trainer.fleet import EngineKind
 from pacenote.trainer.megatron_config import MegatronConfig
 from pacenote.trainer.model import TinyShape
@@ -18,6 +19,7 @@ from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.rollout_config import RolloutConfig
 from pacenote.trainer.step import ReplayMode
 from pacenote.trainer.sync import SyncConfig
+from pacenote.trainer.trackers import TrackConfig
 
 T = TypeVar("T")
 
@@ -78,6 +80,8 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: PolicyConfig = field(default_factory=PolicyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""
@@ -135,9 +139,13 @@ class RunConfig:
             )
         if rollout.max_tries < 1:
             raise ValueError(f"--rollout.max-tries expects at least 1, got {rollout.max_tries}")
-        for name, seconds in (("patience", rollout.patience), ("episode-timeout", rollout.episode_timeout)):
+        for name, seconds in (
+            ("patience", rollout.patience),
+            ("episode-timeout", rollout.episode_timeout),
+            ("reward-timeout", rollout.reward_timeout),
+        ):
             if seconds is not None and not seconds > 0:
-                raise ValueError(f"--rollout.{name} expects seconds above 0, got {seconds}")
+                raise ValueError(f"--rollout.{name.replace('_', '-')} expects seconds above 0, got {seconds}")
         if rollout.engines and rollout.upstream is None:
             raise ValueError("--rollout.engines expects --rollout.upstream, the gateway in front of them")
         if rollout.temperature <= 0:

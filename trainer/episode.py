@@ -16,18 +16,20 @@ from pacenote.rollout.samples import decode_samples
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer.errors import StaleWeights, TaskFailed
 from pacenote.trainer.rollout_config import RolloutConfig
-from pacenote.trainer.tasks import Chat, Environment, Message, Reward, Task, score
+from pacenote.trainer.tasks import Chat, Environment, Message, Reward, Task, Unrewarded, Worth, judge
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One conversation: its task, what was said, what it earned (None: nothing countable), the exact record."""
+    """One conversation: its task, what was said, what it earned (None: nothing countable, for a reason), the exact
+    record; or the error that ended it."""
 
     task: Task
     messages: list[Message]
     reward: float | None
     trajectories: list[Trajectory]
     error: str | None = None
+    reason: Unrewarded | None = None
 
 
 async def play_episode(
@@ -85,21 +87,25 @@ async def _episode(
         opened = await client.post(f"{sessions}/sessions")
         opened.raise_for_status()
         url = f"{sessions}/sessions/{opened.json()['session_id']}"
-        messages, worth = await _play(Chat(client, f"{url}/v1", defaults, seed), task, environment, reward)
+        messages, worth = await _play(
+            Chat(client, f"{url}/v1", defaults, seed), task, environment, reward, config.reward_timeout
+        )
         reply = await client.post(f"{url}/samples")
         reply.raise_for_status()
-        return Episode(task, messages, worth, decode_samples(reply.content))
+        return Episode(task, messages, worth.value, decode_samples(reply.content), reason=worth.reason)
     finally:
         if url is not None:
             with contextlib.suppress(httpx.HTTPError):
                 await client.delete(url)
 
 
-async def _play(chat: Chat, task: Task, environment: Environment, reward: Reward) -> tuple[list[Message], float | None]:
+async def _play(
+    chat: Chat, task: Task, environment: Environment, reward: Reward, timeout: float | None
+) -> tuple[list[Message], Worth]:
     """Conversation and worth; somebody's environment or reward may raise anything, most often a transport's error."""
     try:
         messages = await environment(chat, task)
-        return messages, await score(reward, messages, task.label)
+        return messages, await judge(reward, messages, task.label, timeout=timeout)
     except Exception as error:
         link: BaseException | None = error
         while link is not None:  # clients wrap the transport's error in one of their own

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pacenote.trainer.collect import Episode
+from pacenote.trainer.episode import Episode
 from pacenote.trainer.tasks import Task, TaskSource, read_jsonl
 
 _APART = 0x5EED_E7A1  # xor of the seed: tasks are drawn from "seed/step", so these are other draws than training's

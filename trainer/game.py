@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pacenote.trainer.config import RunConfig
-from pacenote.trainer.tasks import Environment, Reward, Task, TaskSource, load_callable, read_jsonl
+from pacenote.trainer.tasks import (
+    Environment,
+    JsonlTasks,
+    Reward,
+    Task,
+    TaskSource,
+    check_labels,
+    load_callable,
+    read_jsonl,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +43,11 @@ class Game:
         else:
             play, worth = "pacenote.trainer.tasks:single_turn", "pacenote.trainer.tasks:contains_label"
             tasks = read_jsonl(config.data)
-        return cls(
+        game = cls(
             tasks=tasks,
             environment=load_callable(config.environment or play, "environment"),
             reward=load_callable(config.reward or worth, "reward"),
         )
+        if isinstance(tasks, JsonlTasks):
+            check_labels(game.reward, tasks.rows)
+        return game

@@ -5,16 +5,21 @@ All ranks call the same methods. The first one works, the others wait for what i
 
 from __future__ import annotations
 
-import time
+import os
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
 from pacenote.replay.audit import Audit
-from pacenote.trainer import metrics, sync
+from pacenote.trainer import evaluate, flops, metrics, sensors, sync
 from pacenote.trainer.advantage import Advantages, advantages, longest_answer, overlong_penalty
 from pacenote.trainer.backend import Backend
 from pacenote.trainer.batch import Sample, Step, share_out
+from pacenote.trainer.collect import collect
 from pacenote.trainer.config import RunConfig
 from pacenote.trainer.display import Display
 from pacenote.trainer.episode import Episode, check_versions
@@ -23,10 +28,14 @@ from pacenote.trainer.fleet import Fleet
 from pacenote.trainer.game import Game
 from pacenote.trainer.gap import Gap
 from pacenote.trainer.interrupt import Interrupt
+from pacenote.trainer.phases import Phases
 from pacenote.trainer.position import Position
 from pacenote.trainer.rollouts import Rollouts, Taken
 from pacenote.trainer.rundir import RunDir
+from pacenote.trainer.trackers import Trackers
 from pacenote.trainer.watch import Watch
+
+EVAL_SEED = 0xE7A1  # answers are drawn apart from training's
 
 
 class Leader:
@@ -46,8 +55,15 @@ class Leader:
             position: where it goes on in the stream of groups.
         """
         self.config, self.run, self.game, self.backend = config, run, game, backend
+        self.phases = Phases()
         self._world, self._first, self._start = backend.world, first, position
         self._stack = ExitStack()
+        # Checked here, before anything runs.
+        self._held_out = (
+            evaluate.held_out(config.eval, game.tasks, seed=config.seed, training=config.data)
+            if (config.eval.every)
+            else []
+        )
 
     def __enter__(self) -> Leader:
         """Start the servers with the first weights.
@@ -82,11 +98,13 @@ class Leader:
                 )
             )
             self._log = stack.enter_context(metrics.MetricsLog(self.run.metrics, first_step=self._first))
+            self._trackers = stack.enter_context(Trackers(config.track, self.run.root))
             self._display = stack.enter_context(Display(config, self.run))
             self._fleet.start(self._first)
             sessions = self._fleet.sessions_url
             rollouts = Rollouts(self.game, config.rollout, sessions=sessions, seed=config.seed, position=self._start)
             self._rollouts = stack.enter_context(rollouts)
+            self._flops = flops.Flops.of(AutoConfig.from_pretrained(sync.weights_path(self.run.weights, self._first)))
             self._watch = Watch([self._stop.check, self._fleet.check])
             self._stack = stack.pop_all()
 
@@ -105,13 +123,9 @@ class Leader:
             EngineDied: it cannot be revived.
             Interrupted: a person asked to stop; nothing was trained on.
         """
+        self.phases = Phases()
         parts = self._world.alone(lambda: self._play(weights, version))
         return self._world.scatter(parts)
-
-    def measured(self) -> None:
-        """The old logprobs are there: what follows is the update."""
-        if self._world.leads:
-            self._times.append(time.perf_counter())
 
     def record(self, version: int, gap: Gap, audit: Audit, learnt: dict[str, Any]) -> None:
         """The step is over: its row, samples and screen.
@@ -129,9 +143,7 @@ class Leader:
         self._world.alone(lambda: self._record(version, gap, audits, learnt))
 
     def _play(self, weights: sync.Weights, version: int) -> list[tuple[list[Step], Sample | None]]:
-        self._times = [time.perf_counter()]
-        taken = self._take(weights, version)
-        self._times.append(time.perf_counter())
+        taken, self._evaluation = self._take(weights, version)
         episodes, self._stale = check_versions(taken.episodes, version, bound=self.config.rollout.max_staleness)
         self._episodes, self._refused = episodes, taken.refused
         rewards = [shaped(episode, self.config) for episode in episodes]
@@ -142,25 +154,63 @@ class Leader:
         spare = min(samples, key=lambda sample: len(sample.trajectory.tokens), default=None)
         return [(parts[place.data_rank], spare) for place in self._places]
 
-    def _take(self, weights: sync.Weights, version: int) -> Taken:
+    def _take(self, weights: sync.Weights, version: int) -> tuple[Taken, dict[str, Any]]:
+        taken: Taken | None = None
         while True:
             try:
                 self._stop.check()
-                self._fleet.serve(weights, version)
-                return self._rollouts.take(version, self._watch)
+                with self.phases("sync"):
+                    self._fleet.serve(weights, version)
+                with self.phases("rollout"):
+                    taken = taken or self._rollouts.take(version, self._watch)
+                return taken, self._evaluate(version)
             except EngineDied as error:
                 self._rollouts.break_off()
                 self._fleet.revive(weights.on_disk(), version, error)
 
     def _record(self, version: int, gap: Gap, audits: list[Audit], learnt: dict[str, Any]) -> None:
-        self._times.append(time.perf_counter())
         if version % self.config.samples_every == 0 or version == self.config.steps - 1:
             self.run.write_samples(version, self._episodes)
         refused = {f"groups_refused_{reason}": count for reason, count in self._refused.items()}
-        more = {**learnt, "samples_stale": self._stale, **refused}
-        row = metrics.row(version, self._episodes, self._earned, gap, audits, more, self._times)
+        seconds = self.phases.seconds()
+        more = {**learnt, "samples_stale": self._stale, **refused, **self._evaluation, **sensors.read(os.environ)}
+        more |= self._utilisation(seconds["seconds"])
+        row = metrics.row(version, self._episodes, self._earned, gap, audits, more, seconds)
         self._log.append(row)
+        self._trackers.log(version, row)
         self._display.show(row)
+
+    def _utilisation(self, seconds: float) -> dict[str, float]:
+        """Model operations of learning a second, and their share of the GPUs' peak where that is known."""
+        lengths = [len(t.tokens) - 1 for episode in self._episodes for t in episode.trajectories]
+        rate = self._flops.learning(lengths) / max(seconds, 1e-9)
+        peak = flops.peak(torch.cuda.get_device_name()) if self.backend.device.startswith("cuda") else None
+        known = {} if peak is None else {"mfu": rate / (peak * self._world.size)}
+        return {"model_tflops": rate / 1e12, **known}
+
+    def _evaluate(self, version: int) -> dict[str, Any]:
+        """Columns of an evaluation with the weights that are served, where one is due; nothing of training moves."""
+        config = self.config
+        if not evaluate.due(config.eval, version, config.steps - 1):
+            return {}
+        asked = config.eval
+        rollout = replace(
+            config.rollout,
+            group=asked.samples,
+            temperature=asked.temperature,
+            max_tokens=asked.max_tokens or config.rollout.max_tokens,
+        )
+        with self.phases("eval"):
+            episodes = collect(
+                self._held_out,
+                self.game.environment,
+                self.game.reward,
+                sessions=self._fleet.sessions_url,
+                config=rollout,
+                seed=config.seed ^ EVAL_SEED,
+                watch=self._watch,
+            )
+        return evaluate.of_evaluation(episodes, asked.samples)
 
 
 def shaped(episode: Episode, config: RunConfig) -> float | None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import torch
 
-from pacenote.trainer import checkpoint, sync
+from pacenote.trainer import checkpoint, sync, trackers
 from pacenote.trainer.backend import Backend
 from pacenote.trainer.config import RunConfig
 from pacenote.trainer.errors import CannotSave, NotFinite, TrainerError
@@ -48,6 +48,7 @@ def train(config: RunConfig, environment: Mapping[str, str] = NO_RANKS) -> RunDi
     check_engine(config.engine)
     if config.model is None and config.recipe != "tiny":
         raise ValueError(f"--model expects a model directory: {config.recipe} has no random initialisation of its own")
+    trackers.check(config.track)
     game = Game.load(config)
     device = local_device(pick_device(config), environment)
     with World.join(environment, device) as world:
@@ -165,11 +166,13 @@ def one_step(
     """Serve the weights of `version`, roll out, train on the answers."""
     weights = sync.published(sync.weights_path(run.weights, version), backend)
     share, spare = leader.play(weights, version)
-    steps = [backend.pack(step, spare) for step in share]
-    prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference)
-    leader.measured()
+    with leader.phases("pack"):
+        steps = [backend.pack(step, spare) for step in share]
+    with leader.phases("measure"):
+        prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference)
 
     backend.audit()  # the counters so far are of the measurements
     lr = backend.set_lr(version, config.steps)
-    learnt = update(backend, prepared, config.loss, answer_tokens=config.rollout.max_tokens)
+    with leader.phases("update"):
+        learnt = update(backend, prepared, config.loss, answer_tokens=config.rollout.max_tokens, phases=leader.phases)
     leader.record(version, gap, backend.audit(), {**learnt, "lr": lr})

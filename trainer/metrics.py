@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,16 +79,15 @@ def row(
     gap: Gap,
     audits: Sequence[Audit],
     learnt: dict[str, Any],
-    times: list[float],
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """One step's object.
 
     Args:
         audits: counts of the update's forward passes, one count a (row, layer), by rank.
         learnt: metrics of the loss and the optimizer.
-        times: seconds at the start of the step, after rollout, after measuring, after the update.
+        seconds: of the step and its phases, by their columns.
     """
-    seconds = times[-1] - times[0]
     counts = of_episodes(episodes)
     rows = {name: sum(audit.total(name) for audit in audits) for name in _COUNTED}
     return {
@@ -101,11 +100,8 @@ def row(
         "flipped_under_replay": rows["flipped"] / max(1, rows["replayed"]),
         "groups_zero_std": earned.zero_std,
         "episodes_unrewarded": earned.unrewarded,
-        "seconds": seconds,
-        "seconds_rollout": times[1] - times[0],
-        "seconds_measure": times[2] - times[1],
-        "seconds_update": times[3] - times[2],
-        "tokens_per_second": counts["tokens"] / max(seconds, 1e-9),
+        **seconds,
+        "tokens_per_second": counts["tokens"] / max(seconds["seconds"], 1e-9),
     }
 
 
@@ -154,6 +150,7 @@ def of_episodes(episodes: list[Episode]) -> dict[str, Any]:
         "reward_std": float(np.std(rewards)) if rewards else None,
         "episodes": len(episodes),
         "episodes_failed": sum(episode.error is not None for episode in episodes),
+        "rewards_timed_out": sum(episode.reason == "timeout" for episode in episodes),
         "tokens": int(sum(tokens)),
         "tokens_trained": int(sum(trained)),
         "length_mean": float(np.mean(trained)) if trained else None,

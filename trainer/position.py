@@ -67,6 +67,7 @@ def _noted(episode: Episode) -> dict[str, Any]:
         "reward": episode.reward,
         "trajectories": len(episode.trajectories),
         "error": episode.error,
+        "reason": episode.reason,
     }
 
 
@@ -100,6 +101,7 @@ def _group(folder: Path, said: dict[str, Any], task: Task) -> Group:
             note["reward"],
             [next(trajectories) for _ in range(note["trajectories"])],
             note["error"],
+            note["reason"],
         )
         for note in said["episodes"]
     ]

@@ -35,6 +35,8 @@ class RolloutConfig:
     """Groups that may be played for one that is needed, before a step makes do with fewer."""
     episode_timeout: float | None = None
     """Seconds that an episode may take; a longer one is aborted and has no reward. None: as long as it likes."""
+    reward_timeout: float | None = None
+    """Seconds that a reward may take; a conversation whose reward takes longer has none. None: as long as it likes."""
     concurrency: int = 128
     """Episodes in flight at once."""
     request_timeout: float = 120.0

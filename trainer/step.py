@@ -15,6 +15,7 @@ from pacenote.trainer.backend import Backend, Divisor, Prepared
 from pacenote.trainer.batch import Microbatch
 from pacenote.trainer.gap import Gap, Meter
 from pacenote.trainer.guard import Reason
+from pacenote.trainer.phases import Phases
 
 ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
 """Whose experts an update replays: nobody's, the engine's (R3), the trainer's own of before the update (R2), or the
@@ -84,6 +85,7 @@ def update(
     config: PolicyConfig,
     *,
     answer_tokens: int | None = None,
+    phases: Phases | None = None,
 ) -> dict[str, Any]:
     """Take one optimizer step per entry of `steps`; gradients of its microbatches add up to the whole's.
 
@@ -93,6 +95,7 @@ def update(
         config: the loss. Its denominator is the whole optimizer step's: trained tokens, samples or groups that have
             any, or for "constant" such samples times `answer_tokens` (Dr. GRPO, arXiv 2503.20783).
         answer_tokens: tokens that an answer may have.
+        phases: a stopwatch, which learns how long forward and backward passes and optimizer steps take.
 
     Returns:
         Metrics of `policy_loss` over the optimizer steps that were taken: means over trained tokens, but `loss` is the
@@ -106,15 +109,19 @@ def update(
     parts: list[dict[str, float]] = []
     norms: list[float] = []
     skipped = Counter[str]()
+    phases = phases or Phases()
     counts = [_count(step) for step in steps]
     whole = [Count.joined(said) for said in zip(*backend.world.spoken(counts, backend.place), strict=True)]
     for prepared, count in zip(steps, whole, strict=True):
         denominator = count.denominator(config, answer_tokens)
         if not denominator:
             continue
-        said = backend.accumulate(prepared, [_divisor(item, count, config, denominator) for item in prepared], config)
+        divisors = [_divisor(item, count, config, denominator) for item in prepared]
+        with phases("learn"):
+            said = backend.accumulate(prepared, divisors, config)
         everywhere = [part for rank in backend.world.spoken(said, backend.place) for part in rank]
-        norm, reason = backend.apply_gradients(loss=sum(part["loss"] for part in everywhere))
+        with phases("optimizer"):
+            norm, reason = backend.apply_gradients(loss=sum(part["loss"] for part in everywhere))
         if reason is not None:
             skipped[reason] += 1
             continue

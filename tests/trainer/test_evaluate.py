@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import letters
-from pacenote.trainer.collect import Episode
+from pacenote.trainer.episode import Episode
 from pacenote.trainer.evaluate import EvalConfig, due, held_out, of_evaluation, pass_at_k
 from pacenote.trainer.tasks import Task
 
