@@ -47,7 +47,7 @@ def shard(model: Any, world: World, device: str) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded weight in one piece, whose gradient is the sum of all ranks'; another tensor as it is."""
+    """A sharded weight [...] in one piece, whose gradient is the sum of all ranks'; another tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     found: Tensor = tensor.full_tensor(grad_placements=[Partial()])
@@ -55,7 +55,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict in one piece, on the host."""
+    """The model's state dict, each tensor [...] in one piece, on the host."""
     return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
 
 

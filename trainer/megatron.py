@@ -204,7 +204,7 @@ class MegatronBackend:
         self.world.alone(lambda: models.copy_files(self.tokenizer_from, out))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights under the names that `save_weights` gives them; of one rank that holds all."""
+        """The weights [...] under the names that `save_weights` gives them; of one rank that holds all."""
         return self._weights.entries(self.models, self.shape)
 
     def save_state(self, out: Path) -> None:

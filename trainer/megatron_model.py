@@ -168,19 +168,19 @@ class Ranks:
         )
 
     def gather_positions(self, hidden: Tensor) -> Tensor:
-        """All positions of sequence-parallel hidden states; their gradient comes whole, and is cut."""
+        """All positions [T, 1, D] of sequence-parallel hidden states [T / tp, 1, D]; their gradient comes whole, and is cut."""
         whole: Tensor = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=False, group=self.tensor
         )
         return whole
 
     def gather_context(self, values: Tensor) -> Tensor:
-        """[cp T', ...] of all context-parallel ranks; the gradient of this rank's own is its own."""
+        """All context-parallel ranks' values [T / cp, ...] as [T, ...]; the gradient of this rank's own is its own."""
         whole: Tensor = _Gather.apply(values, self.context)  # type: ignore[no-untyped-call]
         return whole
 
     def gather(self, values: Tensor, group: Any) -> Tensor:
-        """One rank's after the other's; no gradient."""
+        """Values [T, ...] of one rank after the other's; no gradient."""
         parts = [torch.empty_like(values) for _ in range(group.size())]
         dist.all_gather(parts, values.contiguous(), group=group)
         return torch.cat(parts)

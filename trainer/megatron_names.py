@@ -57,7 +57,7 @@ class Source:
     names: tuple[str, ...]
 
     def whole(self, parts: list[Tensor], groups: int) -> Tensor:
-        """The weight of megatron-core, all ranks' parts of it; `groups` G of heads."""
+        """The weight [I, ...] of megatron-core, all ranks' parts of it; `groups` G of heads."""
         if self.kind == "copy":
             return parts[0]
         if self.kind == "gated":
@@ -66,7 +66,7 @@ class Source:
         return torch.cat(stacked, 1).flatten(0, 1)
 
     def parts(self, whole: Tensor, groups: int, channels: int) -> list[Tensor]:
-        """The entries of a weight; `groups` G of heads of `channels` C."""
+        """The entries of a weight [I, ...]; `groups` G of heads of `channels` C."""
         if self.kind == "copy":
             return [whole]
         if self.kind == "gated":
@@ -76,14 +76,14 @@ class Source:
         return [part.flatten(0, 1) for part in torch.split(stacked, [heads, channels, channels], 1)]
 
     def cut(self, whole: Tensor, axis: int, rank: int, size: int) -> Tensor:
-        """A tensor-parallel rank's part along `axis`; gate and up are cut each for itself."""
+        """A tensor-parallel rank's part of a weight [I, ...] along `axis`; gate and up are cut each for itself."""
         if size == 1:
             return whole
         pieces = whole.chunk(2, axis) if self.kind == "gated" else (whole,)
         return torch.cat([piece.chunk(size, axis)[rank] for piece in pieces], axis)
 
     def joined(self, ranks: list[Tensor], axis: int) -> Tensor:
-        """The way back: the whole of all ranks' parts."""
+        """The way back: the whole weight [I, ...] of all ranks' parts."""
         if self.kind != "gated":
             return torch.cat(ranks, axis)
         halves = [rank.chunk(2, axis) for rank in ranks]

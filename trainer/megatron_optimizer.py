@@ -48,7 +48,7 @@ def schedule(
         chunks: of this rank.
         count: microbatches.
         inputs: arguments of the model, by number.
-        output: the loss, of a number and what the last stage's head gave.
+        output: the loss, a scalar, of a number and what the last stage gave [..., T].
         forward_only: no backward pass.
     """
 

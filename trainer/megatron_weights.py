@@ -140,7 +140,7 @@ class _Checkpoint:
 
 @torch.no_grad()
 def entries(chunks: Sequence[Any], shape: Shape) -> Iterator[tuple[str, Tensor]]:
-    """This rank's stage and experts under their names in a checkpoint, on the host. All ranks call it; each tensor
+    """This rank's stage and experts under their names in a checkpoint, on the host. All ranks call it; each tensor [...]
     comes from one rank of those that have it."""
     mine = {
         False: parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,

@@ -98,7 +98,7 @@ def save(
         model: what is written.
         out: the directory.
         tokenizer_from: a model directory.
-        state: the model's state dict, where its own is in pieces.
+        state: the model's state dict, tensors [...], where its own is in pieces.
 
     Raises:
         OSError: it cannot be written.
