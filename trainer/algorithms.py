@@ -19,9 +19,12 @@ def grpo(config: RunConfig) -> RunConfig:
 
 
 def dapo(config: RunConfig) -> RunConfig:
-    """DAPO (arXiv 2503.14476): clip-higher, the mean over tokens, and long answers punished in the last fifth."""
+    """DAPO (arXiv 2503.14476): clip-higher, the mean over tokens, long answers punished in the last fifth, and other
+    prompts for groups of equal rewards."""
     loss = replace(config.loss, algorithm="ppo", ratio="token", clip_low=0.2, clip_high=0.28, normalize="token")
-    return replace(config, advantage="grpo", overlong_buffer=config.rollout.max_tokens // 5, loss=loss)
+    rollout = replace(config.rollout, dynamic_sampling=True)
+    buffer = config.rollout.max_tokens // 5
+    return replace(config, advantage="grpo", overlong_buffer=buffer, loss=loss, rollout=rollout)
 
 
 def dr_grpo(config: RunConfig) -> RunConfig:

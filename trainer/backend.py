@@ -95,6 +95,10 @@ class Backend(Protocol):
         """Add up the gradients of these microbatches; the loss's metrics of each."""
         ...
 
+    def forward_seconds(self) -> float:
+        """What the forward passes of `accumulate` took since the last call; waits for the device."""
+        ...
+
     def set_lr(self, step: int, steps: int) -> float:
         """Learning rate of a training step of a run of `steps`; set on the optimizer and returned."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,6 +71,9 @@ class RunConfig:
     """Answers are punished in the last so many of their --rollout.max-tokens, by up to 1; 0: not at all."""
     reference: Path | None = None
     """Model directory of the reference policy of --loss.kl-coef; none: the model that the run starts from."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL of --loss.kl-coef stands: a term of the loss, or taken off the advantage of each token that leads to
+    it, see trainer/kl.py."""
     samples_every: int = 5
     """Steps between readable samples in the run folder."""
     tiny: TinyShape = field(default_factory=TinyShape)
@@ -106,6 +109,10 @@ class RunConfig:
         if self.exact:
             self._check_exact()
         self._check_rollout()
+        if self.kl_in == "reward" and not self.loss.kl_coef:
+            raise ValueError("--kl-in reward expects --loss.kl-coef above 0, the price of the KL")
+        if self.kl_in == "reward" and self.loss.kl_unbiased:
+            raise ValueError("--loss.kl-unbiased expects --kl-in loss: in the reward there is nothing to weigh")
         if self.reference is not None and not self.loss.kl_coef:
             raise ValueError("--reference expects --loss.kl-coef above 0: without it nobody asks the reference policy")
         if not 0 <= self.overlong_buffer <= self.rollout.max_tokens:
@@ -181,6 +188,11 @@ class RunConfig:
                 f"--exact expects as many --threads as --rollout.engine-threads, got {self.threads} and "
                 f"{self.rollout.engine_threads}: matmuls sum in another order with another number"
             )
+
+
+def in_loss(config: RunConfig) -> PolicyConfig:
+    """The loss, without a KL that is in the reward."""
+    return replace(config.loss, kl_coef=0.0) if config.kl_in == "reward" else config.loss
 
 
 def dump(config: RunConfig) -> str:

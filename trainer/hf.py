@@ -24,6 +24,7 @@ from pacenote.trainer.backend import Divisor, Native, Prepared
 from pacenote.trainer.batch import Microbatch, Sample, Step, pack_step
 from pacenote.trainer.guard import Guard, Reason
 from pacenote.trainer.optim import OptimConfig
+from pacenote.trainer.phases import DeviceTime
 from pacenote.trainer.world import ALONE, Place, World
 
 
@@ -69,8 +70,8 @@ class HfBackend:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
-
         self.guard = Guard(config.guard)
+        self._forward = DeviceTime(device)
 
     @property
     def place(self) -> Place:
@@ -106,16 +107,21 @@ class HfBackend:
         parts = []
         for item, divisor in zip(items, divisors, strict=True):
             with self.routed(item.routes):
-                out = self.loss(
-                    item.batch,
-                    config,
-                    reference=item.reference,
-                    group_tokens=divisor.group_tokens,
-                    denominator=divisor.denominator,
-                )
-                parts.append(out.read())
+                with self._forward():
+                    out = self.loss(
+                        item.batch,
+                        config,
+                        reference=item.reference,
+                        group_tokens=divisor.group_tokens,
+                        denominator=divisor.denominator,
+                    )
                 out.backward()
+            parts.append(out.read())
         return parts
+
+    def forward_seconds(self) -> float:
+        """What the forward passes of `accumulate` took since the last call; waits for the device."""
+        return self._forward.take()
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Logprob and entropy [T] float32 of each target; gradients flow if autograd is on.

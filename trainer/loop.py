@@ -17,7 +17,7 @@ import torch
 
 from pacenote.trainer import checkpoint, sync, trackers
 from pacenote.trainer.backend import Backend
-from pacenote.trainer.config import RunConfig
+from pacenote.trainer.config import RunConfig, in_loss
 from pacenote.trainer.errors import CannotSave, NotFinite, TrainerError
 from pacenote.trainer.fleet import check_engine
 from pacenote.trainer.game import Game
@@ -169,10 +169,13 @@ def one_step(
     with leader.phases("pack"):
         steps = [backend.pack(step, spare) for step in share]
     with leader.phases("measure"):
-        prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference)
+        charge = config.loss if config.kl_in == "reward" else None
+        prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference, charge=charge)
 
     backend.audit()  # the counters so far are of the measurements
     lr = backend.set_lr(version, config.steps)
     with leader.phases("update"):
-        learnt = update(backend, prepared, config.loss, answer_tokens=config.rollout.max_tokens, phases=leader.phases)
+        learnt = update(
+            backend, prepared, in_loss(config), answer_tokens=config.rollout.max_tokens, phases=leader.phases
+        )
     leader.record(version, gap, backend.audit(), {**learnt, "lr": lr})

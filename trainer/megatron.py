@@ -33,6 +33,7 @@ from pacenote.trainer.guard import Guard, Reason
 from pacenote.trainer.megatron_config import MegatronConfig
 from pacenote.trainer.megatron_cpu import shim
 from pacenote.trainer.optim import OptimConfig
+from pacenote.trainer.phases import DeviceTime
 from pacenote.trainer.world import ALONE, Place, World
 
 Output = Callable[[int, Tensor], Tensor]
@@ -88,6 +89,7 @@ class MegatronBackend:
             self.optimizer = megatron_optimizer.build(self.wrapped, config, layout)
             self._stack = stack.pop_all()
         self.guard = Guard(config.guard)
+        self._forward = DeviceTime(device)
         self.ranks = megatron_model.Ranks.here()
 
     @property
@@ -173,6 +175,10 @@ class MegatronBackend:
         self._optimizers.finalize(self.wrapped)
         return [outputs[number].read() for number in sorted(outputs)]
 
+    def forward_seconds(self) -> float:
+        """What the forward passes of `accumulate` took since the last call; waits for the device."""
+        return self._forward.take()
+
     def set_lr(self, step: int, steps: int) -> float:
         """Learning rate of a training step of a run of `steps`; set on the optimizer and returned."""
         lr = self.config.rate(step, steps)
@@ -252,6 +258,7 @@ class MegatronBackend:
                 len(batches),
                 lambda number: self._inputs(seen[number], batches[number]),
                 output,
+                timed=nullcontext if forward_only else self._forward,
                 forward_only=forward_only,
             )
 

@@ -168,7 +168,7 @@ class Ranks:
         )
 
     def gather_positions(self, hidden: Tensor) -> Tensor:
-        """All positions [T, 1, D] of sequence-parallel hidden states [T / tp, 1, D]; their gradient comes whole, and is cut."""
+        """All positions [T, 1, D] of sequence-parallel states [T / tp, 1, D]; the gradient comes whole, and is cut."""
         whole: Tensor = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=False, group=self.tensor
         )

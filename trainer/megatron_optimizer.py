@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def schedule(
     inputs: Callable[[int], dict[str, Any]],
     output: Callable[[int, Tensor], Tensor],
     *,
+    timed: Callable[[], AbstractContextManager[None]],
     forward_only: bool,
 ) -> None:
     """Run `count` microbatches through the chunks.
@@ -49,6 +51,7 @@ def schedule(
         count: microbatches.
         inputs: arguments of the model, by number.
         output: the loss, a scalar, of a number and what the last stage gave [..., T].
+        timed: makes contexts that forward passes run in.
         forward_only: no backward pass.
     """
 
@@ -59,7 +62,8 @@ def schedule(
             value = output(number, given)
             return value, torch.ones((), dtype=torch.int, device=value.device), {}
 
-        return model(**inputs(number)), loss
+        with timed():
+            return model(**inputs(number)), loss
 
     several = len(chunks) > 1
     get_forward_backward_func()(

@@ -140,8 +140,8 @@ class _Checkpoint:
 
 @torch.no_grad()
 def entries(chunks: Sequence[Any], shape: Shape) -> Iterator[tuple[str, Tensor]]:
-    """This rank's stage and experts under their names in a checkpoint, on the host. All ranks call it; each tensor [...]
-    comes from one rank of those that have it."""
+    """This rank's stage and experts under their names in a checkpoint, [...] each, on the host. All ranks call it; a
+    tensor comes from one rank of those that have it."""
     mine = {
         False: parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
         True: parallel_state.get_expert_data_parallel_rank() == 0,

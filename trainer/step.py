@@ -15,6 +15,7 @@ from pacenote.trainer.backend import Backend, Divisor, Prepared
 from pacenote.trainer.batch import Microbatch
 from pacenote.trainer.gap import Gap, Meter
 from pacenote.trainer.guard import Reason
+from pacenote.trainer.kl import charged
 from pacenote.trainer.phases import Phases
 
 ReplayMode = Literal["off", "rollout", "trainer", "mixed"]
@@ -29,6 +30,7 @@ def prepare(
     *,
     version: int = 0,
     reference: Backend | None = None,
+    charge: PolicyConfig | None = None,
 ) -> tuple[list[list[Prepared]], Gap]:
     """Compute old logprobs under the routing that the update will use; measure the mismatch with and without replay.
 
@@ -41,13 +43,15 @@ def prepare(
         version: of the weights that compute them.
         reference: the reference policy, if the loss has a KL to one. It is given the update's routes, so that the KL is
             of the weights, and not of two routings.
+        charge: coefficient and estimator of a KL in the reward, which advantages are charged with; None: there is none.
 
     Returns:
         Microbatches ready for the optimizer, and the gap over those of all ranks.
     """
     meter = Meter()
     prepared = [
-        _prepare(backend, step, _mode_of_step(mode, number), meter, reference) for number, step in enumerate(steps)
+        _prepare(backend, step, _mode_of_step(mode, number), meter, reference, charge)
+        for number, step in enumerate(steps)
     ]
     return prepared, Meter.joined(backend.world.spoken(meter, backend.place)).gap(version)
 
@@ -60,7 +64,12 @@ def _mode_of_step(mode: ReplayMode, number: int) -> ReplayMode:
 
 
 def _prepare(
-    backend: Backend, step: Sequence[Microbatch], mode: ReplayMode, meter: Meter, reference: Backend | None
+    backend: Backend,
+    step: Sequence[Microbatch],
+    mode: ReplayMode,
+    meter: Meter,
+    reference: Backend | None,
+    charge: PolicyConfig | None,
 ) -> list[Prepared]:
     natives = backend.scores_native(step)
     if mode == "rollout":
@@ -73,10 +82,13 @@ def _prepare(
     for item, trained, native in zip(step, old, natives, strict=True):
         if item.trajectories:
             meter.add(item, trained, native.logprobs, native.routes)
-    return [
-        Prepared(replace(item.batch, old_logprobs=logprobs), given, item.groups, kl, item.local)
-        for item, logprobs, given, kl in zip(step, old, routes, held, strict=True)
-    ]
+    found = []
+    for item, logprobs, given, other in zip(step, old, routes, held, strict=True):
+        batch = replace(item.batch, old_logprobs=logprobs)
+        if charge is not None and other is not None:
+            batch = charged(batch, logprobs, other, charge)
+        found.append(Prepared(batch, given, item.groups, other, item.local))
+    return found
 
 
 def update(
@@ -95,7 +107,8 @@ def update(
         config: the loss. Its denominator is the whole optimizer step's: trained tokens, samples or groups that have
             any, or for "constant" such samples times `answer_tokens` (Dr. GRPO, arXiv 2503.20783).
         answer_tokens: tokens that an answer may have.
-        phases: a stopwatch, which learns how long forward and backward passes and optimizer steps take.
+        phases: a stopwatch, which learns how long forward and backward passes and optimizer steps take. Backward is all
+            that is not forward: recomputation, the exchange of gradients, and waiting for other ranks, too.
 
     Returns:
         Metrics of `policy_loss` over the optimizer steps that were taken: means over trained tokens, but `loss` is the
@@ -127,6 +140,9 @@ def update(
             continue
         parts += [part for part in everywhere if part["tokens"]]
         norms.append(norm)
+    forward = backend.forward_seconds()
+    phases.add("forward", forward)
+    phases.add("backward", phases.spent("learn") - forward)
     taken = {"steps_taken": len(norms), **{f"skipped_{reason}": skipped[reason] for reason in get_args(Reason)}}
     return {**_merged(parts, len(norms)), "grad_norm": max(norms, default=0.0), **taken}
 

@@ -4,6 +4,7 @@ record; these follow it, and one that fails is left out and said once, since a w
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import warnings
@@ -129,6 +130,8 @@ class Trackers:
                 tracker.log(step, numbers)
             except Exception as error:
                 del self._open[name]
+                with contextlib.suppress(Exception):
+                    tracker.close()
                 warnings.warn(f"--track.{name} failed at step {step} and is left out: {error}", stacklevel=2)
 
     def close(self) -> None:

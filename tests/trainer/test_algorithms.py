@@ -78,8 +78,15 @@ def test_they_are_values_and_no_more() -> None:
         made = algorithms.apply(tiny, name)
         assert made.algorithm == name
         same = replace(
-            made, algorithm=None, advantage=tiny.advantage, overlong_buffer=0, loss=tiny.loss, optim=tiny.optim
+            made,
+            algorithm=None,
+            advantage=tiny.advantage,
+            overlong_buffer=0,
+            loss=tiny.loss,
+            optim=tiny.optim,
+            rollout=tiny.rollout,
         )
+        assert made.rollout.dynamic_sampling == (name == "dapo")
         assert same == tiny
         assert made.loss.entropy_coef == tiny.loss.entropy_coef
     with pytest.raises(ValueError, match="unknown algorithm 'x'; the algorithms are: grpo, dapo"):
