@@ -12,6 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9642c", "#8a8f98"
+PHASES = {
+    "sync": "#7c5ca8", "rollout": BLUE, "eval": "#4f9d69", "pack": "#c8ccd2", "measure": GREY, "update": ORANGE,
+}  # fmt: skip
+"""Parts of a step that follow each other, and their colours."""
 Rows = list[dict[str, Any]]
 
 
@@ -133,7 +137,8 @@ def seconds(rows: Rows) -> str:
 
     def paint(axes: Axes) -> None:
         steps = [row["step"] for row in rows]
-        parts = [_series(rows, name) for name in ("seconds_rollout", "seconds_measure", "seconds_update")]
-        axes.stackplot(steps, *parts, labels=["rollout", "measure", "update"], colors=[BLUE, GREY, ORANGE], alpha=0.8)
+        names = [name for name in PHASES if any(f"seconds_{name}" in row for row in rows)]
+        parts = [[row.get(f"seconds_{name}", 0.0) for row in rows] for name in names]
+        axes.stackplot(steps, *parts, labels=names, colors=[PHASES[name] for name in names], alpha=0.8)
 
     return _draw("Seconds a step", paint)

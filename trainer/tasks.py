@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -184,10 +185,15 @@ class JsonlTasks:
         picked = []
         for place in range(step * count, (step + 1) * count):
             epoch, index = divmod(place, len(self.rows))
-            order = list(range(len(self.rows)))
-            random.Random(f"{seed}/{epoch}").shuffle(order)
-            picked.append(self.rows[order[index]])
+            picked.append(self.rows[_order(seed, epoch, len(self.rows))[index]])
         return picked
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
 
 
 def read_jsonl(path: Path) -> JsonlTasks:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pacenote.trainer import metrics
 from pacenote.trainer.cli import main
@@ -53,9 +54,10 @@ def replay_works(rows: list[dict[str, Any]]) -> bool:
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that replays the rollout's routes."""
+    """A run that replays the rollout's routes, is evaluated, and watched."""
     out = tmp_path_factory.mktemp("road") / "run"
-    done = pacenote("train", "tiny", "--steps", "4", "--out", str(out), *SMALL)
+    watched = ["--eval.every", "2", "--eval.prompts", "4", "--track.tensorboard"]
+    done = pacenote("train", "tiny", "--steps", "4", "--out", str(out), *SMALL, *watched)
     assert done.returncode == 0, done.stderr + done.stdout
     assert f"open {out / 'report.html'}" in done.stdout.splitlines()[-1]
     return out
@@ -72,6 +74,21 @@ def test_road_leaves_everything_behind(road: Path) -> None:
     assert re.search(r"user: .*(letters|signs)", sample)
     assert re.search(r"tool: .*(letters|signs)", sample)
     assert [path.name for path in (road / "checkpoints").iterdir()] == ["step_000004"]
+
+
+def test_road_is_evaluated_and_watched(road: Path) -> None:
+    rows = metrics.read(road / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 3]
+    assert all(row["eval_episodes"] == 4 and 0 <= row["eval_reward"] <= 1 for row in rows if "eval_reward" in row)
+    parts = ("sync", "rollout", "pack", "measure", "update")
+    for row in rows:
+        assert all(row[f"seconds_{name}"] > 0 for name in (*parts, "learn", "forward", "backward", "optimizer"))
+        spent = sum(row[f"seconds_{name}"] for name in parts) + row.get("seconds_eval", 0.0)
+        assert 0.5 * row["seconds"] < spent <= row["seconds"]
+        assert row["seconds_learn"] == pytest.approx(row["seconds_forward"] + row["seconds_backward"])
+        assert row["host_gib"] > 0 < row["model_tflops"]
+    events = EventAccumulator(str(road / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("reward")] == pytest.approx([row["reward"] for row in rows])
 
 
 def test_replay_halves_the_mismatch(road: Path) -> None:
