@@ -143,5 +143,5 @@ def test_config_refuses_nonsense() -> None:
         parse("{}}")
     with pytest.raises(ValueError, match=r"config\.json"):
         parse('{"recipe": "tiny", "unknown_field": 1}')
-    with pytest.raises(ValueError, match="unknown recipe 'big'; the recipes are: tiny"):
+    with pytest.raises(ValueError, match=r"unknown recipe .big.; the recipes are: .*, tiny"):
         recipes.find("big")
