@@ -27,6 +27,8 @@ from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.recipes import tiny
 from pacenote.trainer.step import prepare, update
 from tests.replay.conftest import build
+from tests.replay.spawn import spawn
+from tests.trainer.ranks import ADAPTED, reference
 from tests.trainer.recorded import samples
 
 pytest.importorskip("peft", reason="peft is missing: pip install pacenote[lora]")
@@ -86,7 +88,7 @@ def test_fresh_adapters_change_nothing(tiny_dir: Path, trajectories: list[Trajec
 
 
 def test_what_is_adapted(tiny_dir: Path) -> None:
-    """By default attention, the dense MLP and shared experts; routed experts if they are named; no router and no head."""
+    """By default attention, the dense MLP and shared experts; routed experts if named; no router, no head."""
 
     def kinds(config: LoraConfig) -> set[str]:
         adapters = open_backend(tiny_dir, config).adapters
@@ -248,11 +250,11 @@ def test_values_that_are_refused(fields: dict[str, Any], said: str) -> None:
 
 
 def test_a_run_refuses_what_cannot_hold() -> None:
-    with pytest.raises(ValueError, match="--lora.rank expects --backend hf, got megatron"):
+    with pytest.raises(ValueError, match=r"--lora\.rank expects --backend hf, got megatron"):
         RunConfig(recipe="tiny", backend="megatron", lora=DENSE)
-    with pytest.raises(ValueError, match="--exact expects --lora.rank 0, got 4"):
+    with pytest.raises(ValueError, match=r"--exact expects --lora\.rank 0, got 4"):
         RunConfig(recipe="tiny", exact=True, threads=1, lora=DENSE)
-    with pytest.raises(ValueError, match="leave out --lora.rank"):
+    with pytest.raises(ValueError, match=r"leave out --lora\.rank"):
         plan.plan(tiny_config(TinyShape()), replace(tiny(), lora=DENSE), world=1)
 
 
@@ -274,3 +276,37 @@ def test_it_is_part_of_the_run() -> None:
     assert (DENSE.scale, ALL.scale) == (2.0, 1.5)
     counted = Flops(token=10, pair=1)
     assert counted.learning([3], frozen=True) == counted.learning([3]) - 30
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every case on two processes."""
+    return spawn("tests.trainer.ranks", 2, tmp_path_factory.mktemp("two"), ["2", *ADAPTED])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What they are compared with."""
+    found: dict[str, Any] = spawn(
+        "tests.trainer.ranks", 1, tmp_path_factory.mktemp("one"), ["1", *REFERENCES.values()]
+    )[0]
+    return found
+
+
+REFERENCES = {reference(case): name for name, case in ADAPTED.items()}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_two_ranks_learn_what_one_does(two: list[dict[str, Any]], one: dict[str, Any], name: str) -> None:
+    """Adapters too are sharded: the curve and the merged weights are those of one process, and each rank has a half."""
+    wanted, weights, (_, moments) = one[REFERENCES[reference(ADAPTED[name])]]
+    for rank in (0, 1):
+        rows, _, (_, part) = two[rank][name]
+        for got, want in zip(rows, wanted, strict=True):
+            for key in ("loss", "grad_norm", "tokens", "gap", "gap_native", "flipped", "rows"):
+                assert got[key] == pytest.approx(want[key], rel=2e-4, abs=1e-6)
+        assert part == pytest.approx(moments / 2, rel=0.2)  # 3 rows of a factor are 2 and 1
+    found: dict[str, torch.Tensor] = two[0][name][1]
+    assert found.keys() == weights.keys()
+    assert max(float((found[key] - tensor).abs().mean()) for key, tensor in weights.items()) < 2e-5
