@@ -203,14 +203,17 @@ def _found(model: nn.Module) -> list[Adapter]:
         owner, base = f"{name}.base_layer", module.base_layer
         while isinstance(base, LoraLayer):  # two weights of one module: one wrapped in the other
             owner, base = f"{owner}.base_layer", base.base_layer
-        ends = {"a": f"{name}.lora_A.{_NAME}.weight", "b": f"{name}.lora_B.{_NAME}.weight"}
-        if not isinstance(module, ParamWrapper):
-            found.append(Adapter(f"{owner}.weight", f"{_plain(owner)}.weight", **ends))
-            continue
-        end = module.parameter_name
-        experts, transposed = len(getattr(base, end)), bool(getattr(base, "is_transposed", False))
+        wrapper = isinstance(module, ParamWrapper)
+        weight = f"{owner}.{module.parameter_name if wrapper else 'weight'}"
         found.append(
-            Adapter(f"{owner}.{end}", f"{_plain(owner)}.{end}", **ends, experts=experts, transposed=transposed)
+            Adapter(
+                weight=weight,
+                plain=_plain(weight),
+                a=f"{name}.lora_A.{_NAME}.weight",
+                b=f"{name}.lora_B.{_NAME}.weight",
+                experts=len(getattr(base, module.parameter_name)) if wrapper else None,
+                transposed=bool(getattr(base, "is_transposed", False)),
+            )
         )
     return found
 

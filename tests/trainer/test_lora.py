@@ -116,9 +116,9 @@ def test_only_adapters_learn_and_the_loss_falls(
         return sum(_loss(backend, item) for item in items[0])
 
     first = loss()
-    said = update(backend, items, PolicyConfig())
+    said = [update(backend, items, PolicyConfig())]
     assert loss() < first
-    said = [said, *learn(backend, trajectories, 2)]
+    said += learn(backend, trajectories, 2)
     assert all(one["grad_norm"] > 0 and one["steps_taken"] == 1 for one in said)
     changed = {name for name, tensor in state(backend).items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if ".lora_" in name}
