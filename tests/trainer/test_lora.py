@@ -219,6 +219,24 @@ def test_peft_translates_no_names(family: str) -> None:
     assert adapters.merged(model.state_dict()).keys() == build(family).state_dict().keys()
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_merged_weights_compute_the_same(family: str) -> None:
+    """Also where experts are stored the other way round, as gpt_oss does."""
+    adapted, plain = build(family), build(family)
+    adapters = lora.Adapters(adapted, ALL, seed=0)
+    assert {adapter.transposed for adapter in adapters.all if adapter.experts} == {family == "gpt_oss"}
+    with torch.no_grad():
+        for adapter in adapters.all:
+            adapted.get_parameter(adapter.b).normal_(std=0.1, generator=torch.Generator().manual_seed(len(adapter.b)))
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        start = plain(input_ids=tokens).logits
+        plain.load_state_dict(adapters.merged(adapted.state_dict()))
+        mine, merged = adapted(input_ids=tokens).logits, plain(input_ids=tokens).logits
+    torch.testing.assert_close(mine, merged, rtol=1e-4, atol=1e-5)
+    assert float((start - mine).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
