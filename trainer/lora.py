@@ -37,8 +37,8 @@ class LoraConfig:
     rank: int = 0
     """Rank of the adapters; 0: none, and all weights are trained."""
     alpha: float | None = None
-    """What an adapter adds is scaled by alpha / rank; none: twice the rank, as most recipes have it. A scale of 2 at
-    every rank keeps the learning rate's meaning, and is a factor that rounds nothing."""
+    """What an adapter adds is scaled by alpha / rank; none: twice the rank, a common choice: the scale is then 2 at
+    every rank, a factor that rounds nothing."""
     targets: tuple[str, ...] = PROJECTIONS
     """Ends of the names of linear layers that get one, by default attention's, dense MLPs' and shared experts', as far
     as the model has them. Routed experts are asked for by name: experts.gate_up_proj experts.down_proj."""
