@@ -121,7 +121,8 @@ def latest(root: Path) -> tuple[int, Path]:
 
 def restore(path: Path, backend: Backend) -> None:
     """Bring optimizer and random numbers back; the weights are those that the backend was loaded with, from
-    `path / "model"`. A rank that the run did not have before keeps the random numbers it has.
+    `path / "model"`, but for what stands there merged with adapters, which comes back as it was. A rank that the run
+    did not have before keeps the random numbers it has.
 
     Raises:
         ValueError: written by another version of pacenote, or damaged, or of another kind of run.

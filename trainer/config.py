@@ -13,6 +13,7 @@ from pacenote.trainer.advantage import Estimator
 from pacenote.trainer.checkpoint import CheckpointConfig
 from pacenote.trainer.evaluate import EvalConfig
 from pacenote.trainer.fleet import EngineKind
+from pacenote.trainer.lora import LoraConfig
 from pacenote.trainer.megatron_config import MegatronConfig
 from pacenote.trainer.model import TinyShape
 from pacenote.trainer.optim import OptimConfig
@@ -81,6 +82,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: PolicyConfig = field(default_factory=PolicyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -108,6 +110,8 @@ class RunConfig:
         self._check_engine()
         if self.exact:
             self._check_exact()
+        if self.lora.rank and self.backend != "hf":
+            raise ValueError(f"--lora.rank expects --backend hf, got {self.backend}: peft adapts transformers' models")
         self._check_rollout()
         if self.kl_in == "reward" and not self.loss.kl_coef:
             raise ValueError("--kl-in reward expects --loss.kl-coef above 0, the price of the KL")
@@ -181,6 +185,11 @@ class RunConfig:
             )
         if self.backend != "hf":
             raise ValueError(f"--exact expects --backend hf, got {self.backend}: it is proven there only")
+        if self.lora.rank:
+            raise ValueError(
+                f"--exact expects --lora.rank 0, got {self.lora.rank}: the engine computes with merged weights, the "
+                "trainer with adapters beside them, which rounds otherwise"
+            )
         if self.device == "cuda" or self.rollout.engine_device not in ("auto", "cpu"):
             raise ValueError("--exact expects trainer and engine on the CPU: it is proven there only")
         if self.threads != self.rollout.engine_threads:

@@ -47,9 +47,9 @@ class Flops:
         """Of one forward pass over samples of these lengths, each token seeing those before it and itself."""
         return sum(length * self.token + self.pair * length * (length + 1) // 2 for length in lengths)
 
-    def learning(self, lengths: Sequence[int]) -> int:
-        """Of forward and backward."""
-        return 3 * self.forward(lengths)
+    def learning(self, lengths: Sequence[int], *, frozen: bool = False) -> int:
+        """Of forward and backward; weights that are frozen have no gradient. Adapters are too small to be counted."""
+        return 3 * self.forward(lengths) - (sum(lengths) * self.token if frozen else 0)
 
 
 def peak(device: str) -> float | None:

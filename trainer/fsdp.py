@@ -64,6 +64,16 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path
     save(get_optimizer_state_dict(model, optimizer), checkpoint_id=out)
 
 
+def save_tensors(tensors: dict[str, Tensor], out: Path) -> None:
+    """Each rank writes its part of tensors [...], as a distributed checkpoint in the folder `out`."""
+    save(dict(tensors), checkpoint_id=out)
+
+
+def load_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Overwrite tensors [...] with what was saved of them; over another number of ranks, too."""
+    load(dict(tensors), checkpoint_id=path)
+
+
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Take the moments back; over another number of ranks, too."""
     state = get_optimizer_state_dict(model, optimizer)

@@ -23,6 +23,7 @@ from pacenote.trainer import model as models
 from pacenote.trainer.backend import Divisor, Native, Prepared
 from pacenote.trainer.batch import Microbatch, Sample, Step, pack_step
 from pacenote.trainer.guard import Guard, Reason
+from pacenote.trainer.lora import ALL_WEIGHTS, Adapters, LoraConfig
 from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.phases import DeviceTime
 from pacenote.trainer.world import ALONE, Place, World
@@ -40,6 +41,8 @@ class HfBackend:
         device: str,
         temperature: float,
         exact: bool = False,
+        lora: LoraConfig = ALL_WEIGHTS,
+        seed: int = 0,
         world: World = ALONE,
     ) -> None:
         """Load the model directory, attach the replay, shard the weights over the ranks, make the optimizer.
@@ -50,15 +53,18 @@ class HfBackend:
             device: where the model trains.
             temperature: that the rollout samples at.
             exact: compute logprobs in the form in which an exact engine does; see `replay.exact`.
+            lora: adapters that train in place of the model's own weights.
+            seed: of the adapters' initial weights.
             world: the ranks; more than one shard weights, gradients and moments, experts among them.
 
         Raises:
             ValueError: the directory is not a saved mixture-of-experts model whose routers can be replayed, or the
-                model lets packed sequences see each other, or is to be exact or sharded and cannot be.
+                model lets packed sequences see each other, or is to be exact, sharded or adapted and cannot be.
         """
         self.config, self.device, self.temperature, self.world = config, device, temperature, world
         self.tokenizer_from = directory
         self.model = models.load(directory, device=device).train()
+        self.adapters = Adapters(self.model, lora, seed=seed) if lora.rank else None
         self.replay = attach(self.model)
         check_packing(self.replay, self.model)
         self.replay.audit(reset=True)  # the check's rows are nobody's
@@ -67,8 +73,9 @@ class HfBackend:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if world.size > 1:
             fsdp.shard(self.model, world, device)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self.trained, config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self.guard = Guard(config.guard)
         self._forward = DeviceTime(device)
@@ -220,7 +227,7 @@ class HfBackend:
         try:
             norm = loss
             if math.isfinite(loss):
-                clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+                clipped = torch.nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
                 norm = float(fsdp.whole(clipped))
             reason = self.guard.judge(norm)
             if reason is None:
@@ -230,22 +237,38 @@ class HfBackend:
         return norm, reason
 
     def save_weights(self, out: Path) -> None:
-        """Write a model directory that an engine can load."""
+        """Write a model directory that an engine can load; adapters are merged into copies of their weights."""
         state = fsdp.whole_state(self.model) if self.world.size > 1 else None
-        self.world.lead(lambda: models.save(self.model, out, tokenizer_from=self.tokenizer_from, state=state))
+        self.world.lead(
+            lambda: models.save(self.model, out, tokenizer_from=self.tokenizer_from, state=self._merged(state))
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights, [...] each, under the names that `save_weights` gives them."""
-        return models.disk_tensors(self.model)
+        return models.disk_tensors(self.model, self._merged(None))
+
+    def _merged(self, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """A state dict [...] (None: the model's) without adapters, each in its weight."""
+        if self.adapters is None:
+            return state
+        return self.adapters.merged(self.model.state_dict() if state is None else state)
+
+    def _apart(self) -> dict[str, Tensor]:
+        """What of the model's own tensors [...] cannot be had from its merged weights."""
+        return {} if self.adapters is None else self.adapters.apart(self.model.state_dict())
 
     def save_state(self, out: Path) -> None:
-        """Write the optimizer's moments and the guard's norms."""
-        guard = self.guard.state()
+        """Write the optimizer's moments and the guard's norms; adapters, and the weights that they belong to, as they
+        are before they are merged."""
+        guard, apart = self.guard.state(), self._apart()
         if self.world.size > 1:
             fsdp.save_optimizer(self.model, self.optimizer, out / "optimizer")
+            if apart:
+                fsdp.save_tensors(apart, out / "adapters")
             self.world.lead(lambda: torch.save({"guard": guard}, out / "guard.pt"))
         else:
-            torch.save({"optimizer": self.optimizer.state_dict(), "guard": guard}, out / "optimizer.pt")
+            state = {"optimizer": self.optimizer.state_dict(), "guard": guard, **({"adapters": apart} if apart else {})}
+            torch.save(state, out / "optimizer.pt")
 
     def load_state(self, path: Path) -> None:
         """Take back what `save_state` wrote.
@@ -258,11 +281,16 @@ class HfBackend:
                 f"{path} is of a run on {'one rank' if self.world.size > 1 else 'many ranks'}, this one has "
                 f"{self.world.size}: resume as it was started, with or without torchrun"
             )
+        apart = self._apart()
         if self.world.size > 1:
+            if apart:
+                fsdp.load_tensors(apart, path / "adapters")
             fsdp.load_optimizer(self.model, self.optimizer, path / "optimizer")
             state = torch.load(path / "guard.pt", weights_only=True)
         else:
             state = torch.load(path / "optimizer.pt", weights_only=True)
+            if apart:  # not strict: the other weights are there
+                self.model.load_state_dict({name: state["adapters"][name] for name in apart}, strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state(state["guard"])
 

@@ -183,7 +183,8 @@ class Leader:
     def _utilisation(self, seconds: float) -> dict[str, float]:
         """Model operations of learning a second, and their share of the GPUs' peak where that is known."""
         lengths = [len(t.tokens) - 1 for episode in self._episodes for t in episode.trajectories]
-        rate = self._flops.learning(lengths) / max(seconds, 1e-9)
+        learning = self._flops.learning(lengths, frozen=self.config.lora.rank > 0)
+        rate = learning / max(seconds, 1e-9)
         peak = flops.peak(torch.cuda.get_device_name()) if self.backend.device.startswith("cuda") else None
         known = {} if peak is None else {"mfu": rate / (peak * self._world.size)}
         return {"model_tflops": rate / 1e12, **known}

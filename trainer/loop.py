@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from pacenote.trainer import checkpoint, sync, trackers
+from pacenote.trainer import checkpoint, lora, sync, trackers
 from pacenote.trainer.backend import Backend
 from pacenote.trainer.config import RunConfig, in_loss
 from pacenote.trainer.errors import CannotSave, NotFinite, TrainerError
@@ -49,6 +50,7 @@ def train(config: RunConfig, environment: Mapping[str, str] = NO_RANKS) -> RunDi
     if config.model is None and config.recipe != "tiny":
         raise ValueError(f"--model expects a model directory: {config.recipe} has no random initialisation of its own")
     trackers.check(config.track)
+    lora.check(config.lora)
     game = Game.load(config)
     device = local_device(pick_device(config), environment)
     with World.join(environment, device) as world:
@@ -68,6 +70,7 @@ def resume(root: Path, environment: Mapping[str, str] = NO_RANKS) -> RunDir:
     """
     run, config = RunDir.open(root)
     check_engine(config.engine)
+    lora.check(config.lora)
     game = Game.load(config)
     step, path = checkpoint.latest(run.checkpoints)
     position = load_position(path, partial(game.task, seed=config.seed, prompts=config.rollout.prompts))
@@ -90,14 +93,24 @@ def make_backend(config: RunConfig, model: Path, device: str, world: World) -> B
     if config.backend == "megatron":
         layout = config.megatron
         return MegatronBackend(model, config.optim, layout, device=device, temperature=temperature, world=world)
-    return HfBackend(model, config.optim, device=device, temperature=temperature, exact=config.exact, world=world)
+    return HfBackend(
+        model,
+        config.optim,
+        device=device,
+        temperature=temperature,
+        exact=config.exact,
+        lora=config.lora,
+        seed=config.seed,
+        world=world,
+    )
 
 
 def load_reference(config: RunConfig, run: RunDir, backend: Backend) -> Backend | None:
     """The frozen policy that the KL is to, beside the backend; None without a KL."""
     if not config.loss.kl_coef:
         return None
-    return make_backend(config, config.reference or config.model or run.root / "model", backend.device, backend.world)
+    model, plain = config.reference or config.model or run.root / "model", replace(config, lora=lora.ALL_WEIGHTS)
+    return make_backend(plain, model, backend.device, backend.world)
 
 
 def pick_device(config: RunConfig) -> str:

@@ -98,7 +98,7 @@ def save(
         model: what is written.
         out: the directory.
         tokenizer_from: a model directory.
-        state: the model's state dict, tensors [...], where its own is in pieces.
+        state: the model's state dict, tensors [...], where its own is in pieces, or another's.
 
     Raises:
         OSError: it cannot be written.
@@ -119,11 +119,13 @@ def copy_files(model: Path, out: Path, *, configs: bool = True) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def disk_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers [...] under the names that `save` gives them, which engines know: one for each expert."""
+def disk_tensors(model: Any, state: dict[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers [...] under the names that `save` gives them, which engines know: one for each expert.
+    Those of `state`, where the model's own state dict is another's."""
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    yield from revert_weight_conversion(model, state).items()
+    whole = model.state_dict() if state is None else state
+    kept = {name: tensor for name, tensor in whole.items() if name not in tied}
+    yield from revert_weight_conversion(model, kept).items()
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

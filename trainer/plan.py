@@ -285,8 +285,12 @@ def plan(hf: Any, config: RunConfig, *, world: int, tokens: int | None = None, l
         length: tokens of a sample, on average.
 
     Raises:
-        ValueError: the layout does not fit.
+        ValueError: the layout does not fit, or the run trains adapters.
     """
+    if config.lora.rank:
+        raise ValueError(
+            "pacenote plan counts a run that trains all weights: leave out --lora.rank, whose run needs less"
+        )
     size = tokens or config.optim.microbatch_tokens
     found = weights(hf)
     sampled = config.rollout.prompts * config.rollout.group * length

@@ -23,6 +23,7 @@ from pacenote.trainer import model as models
 from pacenote.trainer.backend import Backend
 from pacenote.trainer.batch import Sample, share_out
 from pacenote.trainer.hf import HfBackend
+from pacenote.trainer.lora import ALL_WEIGHTS, PROJECTIONS, LoraConfig
 from pacenote.trainer.megatron import MegatronBackend
 from pacenote.trainer.megatron_config import MegatronConfig
 from pacenote.trainer.model import build_tiny
@@ -49,6 +50,7 @@ class Case:
     samples: int = recorded.COUNT
     resumed: bool = False
     recompute: bool = False
+    lora: LoraConfig = ALL_WEIGHTS
 
 
 def _megatron(**fields: Any) -> Case:
@@ -82,6 +84,16 @@ CASES = {
     "ep2_deepseek": replace(_megatron(expert=2), family="deepseek"),
     "cp2_deepseek": replace(_megatron(context=2), family="deepseek"),
 }
+DENSE, ALL = (
+    LoraConfig(rank=3, targets=(*PROJECTIONS, *more)) for more in ((), ("experts.gate_up_proj", "experts.down_proj"))
+)
+ADAPTED = {
+    "lora": Case(lora=DENSE),
+    "lora_resumed": Case(lora=DENSE, resumed=True),
+    "lora_experts": Case(lora=ALL, resumed=True),
+    "lora_recomputed": Case(lora=ALL, recompute=True),
+}
+"""With adapters; in test_lora.py."""
 
 
 _COMMON = {"vocab_size": 512, "num_hidden_layers": 4}
@@ -121,7 +133,7 @@ def uneven(trajectories: list[Trajectory], count: int) -> list[Sample]:
 def open_backend(case: Case, model: Path, world: World) -> Backend:
     optim = replace(OPTIM, recompute=case.recompute)
     if case.layout is None:
-        return HfBackend(model, optim, device="cpu", temperature=0.9, world=world)
+        return HfBackend(model, optim, device="cpu", temperature=0.9, lora=case.lora, seed=1, world=world)
     return MegatronBackend(model, optim, case.layout, device="cpu", temperature=0.9, world=world)
 
 
@@ -149,7 +161,7 @@ def held(backend: Backend) -> tuple[int, int]:
     """Numbers in this rank's weights, and bytes of its optimizer: moments, and masters of bfloat16 weights."""
     if isinstance(backend, HfBackend):
         local = [p.to_local() if isinstance(p, DTensor) else p for p in backend.model.parameters()]
-        states = [backend.optimizer.state[p] for p in backend.model.parameters()]
+        states = [backend.optimizer.state[p] for p in backend.trained]
         masters: list[torch.Tensor] = []
     else:
         assert isinstance(backend, MegatronBackend)
@@ -208,12 +220,13 @@ def main() -> None:
     results: dict[str, Any] = {}
     with World.join({"RANK": str(rank), "WORLD_SIZE": str(size)}, "cpu") as world:
         for name in names:
-            case = CASES[name] if size > 1 else reference(CASES[name])
+            case = {**CASES, **ADAPTED}[name]
+            case = case if size > 1 else reference(case)
             folder = directory / name
             model = world.lead(partial(saved_model, case.family, directory))
             outcome = run(case, model, folder, world)
             results[name] = (outcome.rows, outcome.weights, outcome.held)
-        if size > 1:
+        if size > 1 and not ADAPTED.keys() & set(names):
             results["refusal"] = refusal(world.lead(partial(saved_model, "glm", directory)), world)
     torch.save(results, directory / f"rank{rank}.pt")
 
