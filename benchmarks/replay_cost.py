@@ -4,8 +4,8 @@
 
 The trainer's own `backend.pack`, `prepare` and `update` over the same samples, with `--replay` off, rollout and
 trainer. `off` is the trainer as it is: it records its own routing and measures the gap to the engine's, whether it
-replays or not. `none` is less than a mode: the hooks taken off, samples that bring no routes, old logprobs compared with
-nothing.
+replays or not. `none` is less than a mode: the hooks taken off, samples that bring no routes, old logprobs compared
+with nothing.
 
 Random tokens; a sample's second half is its answer. Routes and logprobs of the rollout are the model's own of a pass
 before, not an engine's: so every mode sends as many tokens to each expert, where random routes would spread them evenly

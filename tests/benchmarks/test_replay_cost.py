@@ -1,4 +1,4 @@
-"""The benchmark of a training step with and without replay: small and real, its bytes exact, its times not looked at."""
+"""The benchmark of a training step with and without replay: small and real, its bytes exact, its times ignored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.replay_models import SUBJECTS
 from pacenote.replay.binary import decode_record, encode_record
 from pacenote.replay.spec import geometry_from_config
 
-HEADER, RUN = 44, 8
+HEADER, RUN = 40, 8
 """Bytes of a record's header, checksum included, and of a run of provenance or versions."""
 
 
