@@ -249,7 +249,9 @@ def timed(mine: Sequence[Taken], off: Sequence[Taken], none: Sequence[Taken]) ->
     """A mode's times, and by how much they exceed those of `off` and `none`."""
     median, low, high = spread([taken.wall for taken in mine])
     columns = {"repeats": len(mine), "median_us": median * 1e6, "p10_us": low * 1e6, "p90_us": high * 1e6}
+    columns["least_us"] = min(taken.wall for taken in mine) * 1e6
     columns["processor_us"] = statistics.median(taken.processor for taken in mine) * 1e6
+    columns["processor_least_us"] = min(taken.processor for taken in mine) * 1e6
     for clock in ("wall", "processor"):
         ours, theirs, bare = ([getattr(taken, clock) for taken in times] for times in (mine, off, none))
         prefix = "" if clock == "wall" else "processor_"
