@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import replay_bytes, replay_cost
+from benchmarks import replay_bytes, replay_cost, wire
 from benchmarks.models import MODELS
 from benchmarks.replay_cost import MODES, WORKS
-from benchmarks.replay_models import SUBJECTS
+from benchmarks.replay_models import SUBJECTS, build
 from pacenote.replay.binary import decode_record, encode_record
 from pacenote.replay.spec import geometry_from_config
 
@@ -66,8 +67,8 @@ def test_bytes_are_those_of_the_rows(found: dict[str, Any]) -> None:
 
 
 def test_what_is_counted_is_what_travels() -> None:
-    where = replay_bytes.wire.geometry("kimi-k2", MODELS["kimi-k2"])
-    made = replay_bytes.wire.make(where, 9, 0)
+    where = wire.geometry("kimi-k2", MODELS["kimi-k2"])
+    made = wire.make(where, 9, 0)
     trajectory = replay_bytes.sample(np.arange(10), made)
     assert decode_record(encode_record(replay_bytes.record(trajectory))) == replay_bytes.record(trajectory)
     assert np.array_equal(replay_bytes.record(trajectory).experts, made.experts)
@@ -85,8 +86,8 @@ def test_a_cut_model_routes_as_the_whole() -> None:
 
 
 def test_a_step_that_replays_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = replay_cost.torch.device("cpu")
-    directory = replay_cost.build(SUBJECTS["tiny"].config(), tmp_path, device)
+    device = torch.device("cpu")
+    directory = build(SUBJECTS["tiny"].config(), tmp_path, device)
     trainer = replay_cost.Trainer(directory, SUBJECTS["tiny"], 40, device)
     trainer.check("rollout")
     monkeypatch.setattr(trainer, "rows", 41)
