@@ -47,6 +47,7 @@ gpu:
 
 bench: install
 	for name in route permute pack logprob policy step wire; do $(BIN)/python -m benchmarks.$$name --out $(OUT) $(ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.replay_cost --out $(OUT)
 
 docs: install
 	$(BIN)/python -m pytest tests/test_docs.py
