@@ -106,7 +106,7 @@ def test_runs_can_be_configured(given: Words, parsed: Callable[[Sequence[str]], 
 def test_worlds_fit_the_layouts(parsed: Callable[[Sequence[str]], RunConfig]) -> None:
     for asked in torchruns():
         assert (asked.module, asked.training_script, asked.training_script_args[0]) == (True, "pacenote", "train")
-        config = replace(parsed(asked.training_script_args[1:]), model=None)  # of the recipe's shape: there is no folder
+        config = replace(parsed(asked.training_script_args[1:]), model=None)  # none is there: the recipe's shape
         world = int(asked.nnodes.split(":")[0]) * int(asked.nproc_per_node)
         plan(recipes.shape(config), config, world=world)  # raises if the layout does not
 
