@@ -62,6 +62,11 @@ def weights(hf: Any) -> list[Weight]:
     return found
 
 
+def weight_bytes(config: RunConfig) -> int:
+    """Bytes of a number in the passes, and on its way to engines: of bfloat16 two, of float32 four."""
+    return 2 if config.backend == "megatron" and config.megatron.dtype == "bfloat16" else WORDS
+
+
 def by_kind(found: list[Weight]) -> dict[str, int]:
     """Parameters of each kind."""
     counts = Counter[str]()
@@ -167,7 +172,7 @@ def memory(hf: Any, config: RunConfig, world: int, tokens: int) -> Memory:
     """
     mine, found = held(hf, config, world), weights(hf)
     layout, routes = config.megatron, route_bytes(hf)
-    passes = 2 if config.backend == "megatron" and layout.dtype == "bfloat16" else WORDS
+    passes = weight_bytes(config)
     shared = config.backend == "megatron" and layout.distributed_optimizer
     masters = WORDS if passes == 2 else 0
     dense = mine.dense / (mine.dense_copies if shared else 1)
@@ -303,7 +308,7 @@ def plan(hf: Any, config: RunConfig, *, world: int, tokens: int | None = None, l
         step={
             "routes from engines": sampled * engine_route_bytes(hf),
             "routes to the trainer": sampled * route_bytes(hf),
-            "new weights": sum(weight.numel for weight in found) * 2,
+            "new weights": sum(weight.numel for weight in found) * weight_bytes(config),
         },
         cache=cache_bytes(hf),
     )

@@ -58,32 +58,40 @@ def glm47_flash() -> RunConfig:
     """GLM-4.7-Flash (30 billion, 3 active) on a machine of 8 GPUs of 141 GB: experts over all of them.
 
     81 GiB a rank, which leaves an engine beside it some 45 (SGLang: --mem-fraction-static 0.3). GPUs of 80 GB: 16 of
-    them (--megatron.expert 16, 51 GiB), and engines of their own.
+    them (the same flags: 60 GiB; --megatron.expert 16: 51 GiB), and engines of their own.
     """
     return _large("glm47_flash", MegatronConfig(expert=8, dtype="bfloat16"))
 
 
 def qwen3_30b_a3b() -> RunConfig:
-    """Qwen3-30B-A3B (31 billion, 3 active) on a machine of 8 GPUs of 141 GB: experts over all of them."""
+    """Qwen3-30B-A3B (31 billion, 3 active) on a machine of 8 GPUs of 141 GB: experts over all of them.
+
+    79 GiB a rank. GPUs of 80 GB: 16 of them (the same flags: 58 GiB), and engines of their own.
+    """
     return _large("qwen3_30b_a3b", MegatronConfig(expert=8, dtype="bfloat16"))
 
 
 def moonlight() -> RunConfig:
     """Moonlight-16B-A3B (16 billion, 3 active) on a machine of 8 GPUs of 80 GB, by transformers and FSDP2.
 
-    float32 throughout. Its queries are not compressed, which megatron-core 0.19 builds another model for.
+    float32 throughout: 46 GiB a rank, and 59 while it loads, when each rank has the whole model. Its queries are not
+    compressed, which megatron-core 0.19 builds another model for. Its context of 8192 holds prompt and answer: an
+    engine refuses a request whose prompt and --rollout.max-tokens are more.
     """
     config = _large("moonlight", MegatronConfig())
-    return replace(config, backend="hf", optim=replace(config.optim, microbatch_tokens=8192))
+    optim = replace(config.optim, microbatch_tokens=8192)
+    return replace(config, backend="hf", optim=optim, rollout=replace(config.rollout, max_tokens=6144))
 
 
 def deepseek_v3() -> RunConfig:
-    """DeepSeek-V3's shape (671 billion, 38 active) on 64 machines of 8 GPUs of 80 GB, a step ahead of itself.
+    """DeepSeek-V3's shape (671 billion, 37 active) on 64 machines of 8 GPUs of 80 GB, a step ahead of itself.
 
-    Heads over the 8 GPUs of a machine, experts over 128 ranks. 61 layers divide into no stages.
+    Heads over the 8 GPUs of a machine, experts over 128 ranks: 64 GiB a rank. 61 layers divide into no stages. An
+    answer and a prompt of 4096 tokens are one microbatch, which is what the memory is of. The published config.json is
+    refused: megatron's rotary embeddings are not scaled.
     """
     config = _large("deepseek_v3", MegatronConfig(tensor=8, expert=128, expert_tensor=1, dtype="bfloat16"))
-    ahead = replace(config.rollout, prompts=256, group=16, max_tokens=16384, concurrency=2048, ahead=1, max_staleness=1)
+    ahead = replace(config.rollout, prompts=256, group=16, max_tokens=12288, concurrency=2048, ahead=1, max_staleness=1)
     return replace(config, rollout=ahead)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from pacenote.rollout.trajectory import Trajectory
 from pacenote.trainer import plan, recipes
 from pacenote.trainer.cli import main
 from pacenote.trainer.config import RunConfig
-from pacenote.trainer.model import TinyShape, tiny_config
+from pacenote.trainer.model import TinyShape, build_tiny, tiny_config
 from pacenote.trainer.shapes import SHAPES
 
 # Billions, as the models' cards say.
@@ -89,6 +90,13 @@ def test_routes_are_those_of_a_packed_batch(trajectories: list[Trajectory]) -> N
     assert batch.routes is not None
     rows = batch.routes.rows
     assert plan.route_bytes(SHAPES["tiny"]()) * batch.num_tokens == rows.numel() * rows.element_size()
+
+
+def test_new_weights_are_as_large_as_on_disk(tmp_path: Path) -> None:
+    config = recipes.tiny()
+    found = plan.plan(recipes.shape(config), config, world=1)
+    file = build_tiny(tmp_path / "model", seed=0) / "model.safetensors"
+    assert found.step["new weights"] == pytest.approx(file.stat().st_size, rel=0.03)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
