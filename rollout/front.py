@@ -29,7 +29,7 @@ from pacenote.rollout.flights import Flights, Key
 from pacenote.rollout.matching import STRICT, Match
 from pacenote.rollout.metrics import CONTENT_TYPE, Metrics
 from pacenote.rollout.observed import Observed
-from pacenote.rollout.pairs import Pair, Pairs, from_gateway, known
+from pacenote.rollout.pairs import AUTO, Pair, Pairs, from_gateway, known
 from pacenote.rollout.request_limits import RequestLimits
 from pacenote.rollout.request_log import CODE, answered
 from pacenote.rollout.samples import encode_samples
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from pacenote.rollout.server import SessionConfig
 
 log = logging.getLogger(__name__)
-AUTO = "auto"  # pairs from the gateway's listing
 LONGEST_KEY = 255  # characters of an Idempotency-Key
 
 

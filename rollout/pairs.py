@@ -32,6 +32,7 @@ from pacenote.rollout.errors import UpstreamError
 from pacenote.rollout.sglang import Engine
 from pacenote.rollout.worker import worker_url
 
+AUTO = "auto"  # in place of pairs: those of the gateway's listing
 RELEARN = 10.0  # seconds after which a gateway is asked anew
 SLACK = 8  # requests by which a session's own pair may be busier than the least busy one
 ABORT_SECONDS = 5.0

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from pacenote.rollout.auth import read_tokens
 from pacenote.rollout.errors import UpstreamError
-from pacenote.rollout.front import AUTO
 from pacenote.rollout.launch import exit_with_parent
 from pacenote.rollout.linear import POLICIES
 from pacenote.rollout.matching import MODES
 from pacenote.rollout.messages import ROLES
-from pacenote.rollout.pairs import Pair
+from pacenote.rollout.pairs import AUTO, Pair
 from pacenote.rollout.quota import Quota
 from pacenote.rollout.request_limits import USUAL, RequestLimits
 from pacenote.rollout.request_log import FORMATS

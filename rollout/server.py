@@ -32,14 +32,14 @@ from pacenote.rollout import processes, serving
 from pacenote.rollout.auth import Guard, Keys
 from pacenote.rollout.dialects import Dialects
 from pacenote.rollout.errors import SessionError, StartupError
-from pacenote.rollout.front import AUTO, Front, own_version, refuse, refuse_bug, refuse_path
+from pacenote.rollout.front import Front, own_version, refuse, refuse_bug, refuse_path
 from pacenote.rollout.info import Info
 from pacenote.rollout.limits import BodyLimit, sweep
 from pacenote.rollout.linear import POLICIES
 from pacenote.rollout.matching import Match, check_name
 from pacenote.rollout.messages import ROLES
 from pacenote.rollout.openapi import document, openapi_route
-from pacenote.rollout.pairs import Pair
+from pacenote.rollout.pairs import AUTO, Pair
 from pacenote.rollout.proxy import Proxy
 from pacenote.rollout.quota import UNBOUNDED, Quota
 from pacenote.rollout.request_limits import USUAL, RequestLimits

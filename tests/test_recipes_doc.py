@@ -100,7 +100,7 @@ def test_runs_can_be_configured(given: Words, parsed: Callable[[Sequence[str]], 
     if config.recipe != "tiny":
         assert config.model is not None
         assert config.out is not None
-        assert config.rollout.engines
+        assert config.rollout.engines or config.rollout.pairs
 
 
 def test_worlds_fit_the_layouts(parsed: Callable[[Sequence[str]], RunConfig]) -> None:
@@ -112,9 +112,9 @@ def test_worlds_fit_the_layouts(parsed: Callable[[Sequence[str]], RunConfig]) ->
 
 
 def test_gateways_know_the_model_by_the_name_that_is_asked_for(parsed: Callable[[Sequence[str]], RunConfig]) -> None:
-    outs = {str(config.out) for config in map(parsed, trains()) if config.rollout.upstream}
+    asked = {config.rollout.served_model for config in map(parsed, trains()) if config.rollout.upstream}
     names = {command[command.index("--served-model") + 1] for command in COMMANDS if "--served-model" in command}
-    assert names == {f"{out}/weights/000000" for out in outs}
+    assert names == asked
 
 
 @pytest.mark.parametrize("given", [command[1:] for command in starting("pacenote", "plan")], ids=" ".join)

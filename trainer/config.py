@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pacenote.kernels.policy import PolicyConfig
+from pacenote.rollout.pairs import AUTO, Pair
 from pacenote.trainer.advantage import Estimator
 from pacenote.trainer.checkpoint import CheckpointConfig
 from pacenote.trainer.evaluate import EvalConfig
@@ -75,6 +76,9 @@ class RunConfig:
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL of --loss.kl-coef stands: a term of the loss, or taken off the advantage of each token that leads to
     it, see trainer/kl.py."""
+    gap_every: int = 1
+    """Steps between measurements of the gap to the engine under the trainer's own routing, beside that under replay:
+    another forward pass where --replay is rollout; 0: never."""
     samples_every: int = 5
     """Steps between readable samples in the run folder."""
     tiny: TinyShape = field(default_factory=TinyShape)
@@ -102,6 +106,7 @@ class RunConfig:
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("optim.guard.max-skips", self.optim.guard.max_skips, 0),
             ("samples-every", self.samples_every, 1),
+            ("gap-every", self.gap_every, 0),
         ):
             if value < least:
                 raise ValueError(f"--{name} expects at least {least}, got {value}")
@@ -157,8 +162,18 @@ class RunConfig:
         ):
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"--rollout.{name.replace('_', '-')} expects seconds above 0, got {seconds}")
-        if rollout.engines and rollout.upstream is None:
+        if rollout.engines and rollout.upstream is None and not rollout.pairs:
             raise ValueError("--rollout.engines expects --rollout.upstream, the gateway in front of them")
+        if rollout.served_model is not None and not rollout.elsewhere:
+            raise ValueError("--rollout.served-model expects --rollout.upstream: an engine of ours needs no name")
+        for pair in rollout.pairs:
+            if pair == AUTO and not (rollout.upstream and rollout.engines):
+                raise ValueError(
+                    "--rollout.pairs auto expects --rollout.upstream, the gateway that lists them, and "
+                    "--rollout.engines, all that get new weights"
+                )
+            if pair != AUTO:
+                Pair.read(pair)
         if rollout.temperature <= 0:
             raise ValueError(f"--rollout.temperature expects a number above 0, got {rollout.temperature}")
 
@@ -166,9 +181,10 @@ class RunConfig:
         """What real SGLang on a CPU goes with."""
         if self.engine == "embedded":
             return
-        if self.rollout.upstream is not None:
+        if self.rollout.elsewhere:
             raise ValueError(
-                f"--engine {self.engine} starts an engine here, --rollout.upstream names one: leave one out"
+                f"--engine {self.engine} starts an engine here, --rollout.upstream or --rollout.pairs name one: leave "
+                "one out"
             )
         if self.exact:
             raise ValueError(f"--exact expects the embedded engine, got --engine {self.engine}: it computes otherwise")
@@ -179,9 +195,10 @@ class RunConfig:
 
     def _check_exact(self) -> None:
         """What engine and trainer must share to be equal."""
-        if self.rollout.upstream is not None:
+        if self.rollout.elsewhere:
             raise ValueError(
-                "--exact expects the embedded engine, got --rollout.upstream: another one computes otherwise"
+                "--exact expects the embedded engine, got --rollout.upstream or --rollout.pairs: others compute "
+                "otherwise"
             )
         if self.backend != "hf":
             raise ValueError(f"--exact expects --backend hf, got {self.backend}: it is proven there only")
@@ -192,6 +209,8 @@ class RunConfig:
             )
         if self.device == "cuda" or self.rollout.engine_device not in ("auto", "cpu"):
             raise ValueError("--exact expects trainer and engine on the CPU: it is proven there only")
+        if self.gap_every != 1:
+            raise ValueError(f"--exact expects --gap-every 1, got {self.gap_every}: it is measured on every token")
         if self.threads != self.rollout.engine_threads:
             raise ValueError(
                 f"--exact expects as many --threads as --rollout.engine-threads, got {self.threads} and "

@@ -26,6 +26,11 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps that were measured under the trainer's own routing, too."""
+    return [row for row in rows if row.get("abs_delta_logp_native") is not None]
+
+
 def ends(rows: list[dict[str, Any]], name: str) -> tuple[float, float, int]:
     """Means of a column over the first and over the last steps of a run, which do not overlap, and their number."""
     edge = min(EDGE, max(1, len(rows) // 2))
@@ -87,13 +92,20 @@ def _reward(rows: list[dict[str, Any]]) -> Finding:
 
 
 def _gap(rows: list[dict[str, Any]], replay: str) -> Finding:
-    trained, native = mean(rows, "abs_delta_logp"), mean(rows, "abs_delta_logp_native")
-    k3, k3_native = mean(rows, "k3_kl"), mean(rows, "k3_kl_native")
+    both = compared(rows)
+    trained, native = mean(both or rows, "abs_delta_logp"), mean(both, "abs_delta_logp_native")
+    k3, k3_native = mean(both or rows, "k3_kl"), mean(both, "k3_kl_native")
     if replay == "trainer":
         return Finding(
             "measured",
             "The trainer replayed its own routes, which keeps its updates consistent but does not close the gap to the"
             f" engine: mean |Δlogp| {trained:.4f}, k3 KL {k3:.1e}.",
+        )
+    if not both:
+        return Finding(
+            "measured",
+            f"Mean |Δlogp| between engine and trainer was {trained:.4f} with replay, k3 KL {k3:.1e}; the trainer's own"
+            " routing was not measured (--gap-every 0).",
         )
     return Finding(
         "measured",
@@ -137,7 +149,8 @@ def _warnings(rows: list[dict[str, Any]], replay: str, *, exact: bool = False) -
             f"Routing has collapsed: no token changed an expert in the last {min(RECENT, len(rows))} steps,"
             " so the figures with and without replay compare equal things."
         )
-    if replay == "rollout" and not exact and mean(rows, "abs_delta_logp") >= mean(rows, "abs_delta_logp_native"):
+    both = compared(rows)
+    if replay == "rollout" and not exact and mean(both, "abs_delta_logp") >= mean(both, "abs_delta_logp_native"):
         out.append("Replay did not bring engine and trainer closer: check that routes and tokens are aligned.")
     if missing := total(rows, "rows_missing"):
         out.append(f"{missing} tokens had no row to replay and were routed freely.")

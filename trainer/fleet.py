@@ -11,6 +11,7 @@ from typing import Literal
 import httpx
 
 from pacenote.rollout.launch import Service, ServiceError, engine_command, free_port, sessions_command
+from pacenote.rollout.pairs import AUTO, Pair
 from pacenote.rollout.sglang_cpu import cpu_command, cpu_environment, find_python
 from pacenote.trainer import sync
 from pacenote.trainer.errors import EngineDied, TrainerError
@@ -54,12 +55,17 @@ class Fleet:
             TrainerError: a server did not come up; the last lines of its log are in the message.
         """
         model = sync.weights_path(self.weights, version)
-        if self.config.upstream is None:
+        if self._upstream is None:
             self._engine = self._start_engine(model, version, self.config.engine_port or free_port())
             self.serving = version
         port = self.config.session_port or free_port()
         roles = ("--tito-allowed-append-roles", *self.config.append_roles)
-        options = (*roles, "--drain", "1")  # at the end of a run nobody waits for an answer
+        options = [*roles, "--drain", "1"]  # at the end of a run nobody waits for an answer
+        options += ["--timeout", str(self.config.request_timeout)]
+        for pair in self.config.pairs:
+            options += ["--pair", pair]
+        if self.config.served_model is not None:
+            options += ["--served-model", self.config.served_model]
         command = sessions_command(model, upstream=self.engine_url, port=port, extra=options)
         self._sessions = _start("the session server", command, port, self.logs / "sessions.log")
         if self._engine is not None:
@@ -68,11 +74,26 @@ class Fleet:
 
     @property
     def engine_url(self) -> str:
-        """Where weights go."""
-        if self._engine is not None:
-            return self._engine.url
-        assert self.config.upstream is not None, "start() comes first"
-        return self.config.upstream.rstrip("/")
+        """Where chats go."""
+        url = self._upstream if self._engine is None else self._engine.url
+        assert url is not None, "start() comes first"
+        return url.rstrip("/")
+
+    @property
+    def taking_weights(self) -> tuple[str, ...]:
+        """Engines that are given new weights."""
+        if self.config.engines:
+            return self.config.engines
+        return tuple(url for pair in self._pairs for url in (pair.prefill, pair.decode)) or (self.engine_url,)
+
+    @property
+    def _pairs(self) -> list[Pair]:
+        return [Pair.read(said) for said in self.config.pairs if said != AUTO]
+
+    @property
+    def _upstream(self) -> str | None:
+        """Somebody's engine or gateway; a pair's decode side answers for it."""
+        return self.config.upstream or next((pair.decode for pair in self._pairs), None)
 
     @property
     def sessions_url(self) -> str:
@@ -88,7 +109,7 @@ class Fleet:
             StaleWeights: one refused them.
         """
         if self.serving != version:
-            sync.push(self.config.engines or (self.engine_url,), weights, version, self.push)
+            sync.push(self.taking_weights, weights, version, self.push)
             self.serving = version
 
     def check(self) -> None:

@@ -52,8 +52,8 @@ class Gap:
     """What engine and trainer disagree on, over the same tokens: as trained, and with the trainer's own routing.
 
     Attributes:
-        trained, native: mismatch of logprobs over trained tokens.
-        flips: the engine's experts against the trainer's own choice; None if no batch had routes.
+        trained, native: mismatch of logprobs over trained tokens; native is of no token if it was not measured.
+        flips: the engine's experts against the trainer's own choice; None if no batch had routes, or likewise.
         missing: positions without a row to replay.
         groups: by role, turn, staleness and provenance, and there by label.
     """
@@ -73,21 +73,23 @@ class Meter:
         self._facts: list[NDArray[np.int64]] = []  # [4, T]: mask, segment, version, provenance
         self._differs: list[NDArray[np.float64]] = []  # [T], as `audit.token_flips`
         self._by_layer: list[NDArray[np.int64]] = []  # [3, L]: tokens compared, of them flipped, experts shared
+        self._missing = 0
         self._top_k = 0
         self._samples = 0
 
-    def add(self, item: Microbatch, trained: Tensor, native: Tensor, own: Routes) -> None:
+    def add(self, item: Microbatch, trained: Tensor, native: Tensor | None, own: Routes | None) -> None:
         """Take a microbatch in.
 
         Args:
             item: with the rollout's logprobs and routes.
             trained: [T] float32, logprobs under the routing that the update uses.
-            native: [T] float32, under the trainer's own.
-            own: the trainer's own routing of all T positions.
+            native: [T] float32, under the trainer's own; None: not measured.
+            own: the trainer's own routing of all T positions; None: not measured.
         """
         batch = item.batch
         real = batch.segment_ids >= 0  # a batch's padding belongs to nobody
-        logprobs = torch.stack([trained, native, batch.logprobs])[:, real]
+        unknown = torch.full_like(trained, torch.nan)
+        logprobs = torch.stack([trained, unknown if native is None else native, batch.logprobs])[:, real]
         self._logprobs.append(logprobs.cpu().numpy())
         places = torch.stack([batch.loss_mask.int(), batch.segment_ids])[:, real].cpu().numpy()
         version = np.concatenate([t.version[1:] for t in item.trajectories])
@@ -95,8 +97,9 @@ class Meter:
         self._facts.append(np.stack([places[0], places[1] + self._samples, version, provenance]).astype(np.int64))
         self._samples += batch.num_samples
         differs = np.full(len(version), np.nan)
-        if batch.routes is not None:
-            compared = (batch.routes.state == REPLAY) & real
+        compared = torch.zeros_like(real) if batch.routes is None else (batch.routes.state == REPLAY) & real
+        self._missing += len(version) - int(compared.sum())
+        if batch.routes is not None and own is not None:
             changed, shared = _compare(batch.routes.rows[compared], own.rows[compared])
             differs[compared[real].cpu().numpy()] = changed.any(1).cpu().numpy()
             layers = torch.stack([torch.ones_like(shared).sum(0), changed.sum(0), shared.sum(0)])
@@ -114,6 +117,7 @@ class Meter:
             whole._facts += facts
             whole._differs += meter._differs
             whole._by_layer += meter._by_layer
+            whole._missing += meter._missing
             whole._top_k = whole._top_k or meter._top_k
             whole._samples += meter._samples
         return whole
@@ -136,7 +140,7 @@ class Meter:
             trained=mismatch(trained, rollout, mask),
             native=mismatch(native, rollout, mask),
             flips=self._flips(differs),
-            missing=int(np.isnan(differs).sum()),
+            missing=self._missing,
             groups={name: _groups(trained, native, rollout, mask, label, differs) for name, label in labels.items()},
         )
 

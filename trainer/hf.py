@@ -79,6 +79,7 @@ class HfBackend:
         )
         self.guard = Guard(config.guard)
         self._forward = DeviceTime(device)
+        self._row_dtype = torch.uint8 if self.replay.geometry.num_experts <= 256 else torch.uint16
 
     @property
     def place(self) -> Place:
@@ -212,7 +213,7 @@ class HfBackend:
         """Logprob [T] float32 under the model's own routing, and that routing."""
         with self.replay.record() as record:
             logprob = self.logprobs(batch)[0]
-        rows = record.rows().reshape(batch.num_tokens, len(self.replay.layers), -1)
+        rows = record.rows().reshape(batch.num_tokens, len(self.replay.layers), -1).to(self._row_dtype)
         return logprob, Routes(rows=rows, state=torch.ones_like(batch.tokens, dtype=torch.uint8), num_experts=None)
 
     def set_lr(self, step: int, steps: int) -> float:

@@ -92,8 +92,8 @@ def rope_theta(hf: Any) -> float:
     parameters = hf.rope_parameters or {}
     if (kind := parameters.get("rope_type", "default")) != "default":
         raise ValueError(
-            f"--backend megatron expects plain rotary embeddings, got rope_type {kind!r}: use --backend hf, or set "
-            "rope_parameters of the model's config.json to the default for contexts within the model's first length"
+            f"--backend megatron expects plain rotary embeddings, got rope_type {kind!r}, which may change every "
+            "position: use --backend hf"
         )
     return float(parameters["rope_theta"])
 

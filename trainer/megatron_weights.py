@@ -97,7 +97,7 @@ def load(chunks: Sequence[Any], directory: Path, shape: Shape) -> None:
     """Fill this rank's chunks from a model directory.
 
     Raises:
-        ValueError: it lacks a tensor, or has one of another shape.
+        ValueError: it lacks a tensor, or has one of another shape or of eight bits.
     """
     checkpoint = _Checkpoint(directory)
     for weight in weights(chunks):
@@ -135,6 +135,11 @@ class _Checkpoint:
         if name not in self._where:
             raise ValueError(f"expected {name} in the safetensors files of {self._directory}, got none of that name")
         found: Tensor = self._opened(self._where[name]).get_tensor(name)
+        if found.element_size() == 1:
+            raise ValueError(
+                f"expected {name} in {self._directory} as float32, bfloat16 or float16, got {found.dtype}: its scales "
+                "are not read, so convert the folder to bfloat16 first"
+            )
         return found
 
 

@@ -45,7 +45,10 @@ def _series(rows: Rows, name: str) -> list[float]:
 
 
 def _line(axes: Axes, rows: Rows, name: str, label: str | None, color: str) -> None:
-    axes.plot([row["step"] for row in rows], _series(rows, name), label=label, color=color, linewidth=1.6)
+    known = [row for row in rows if row.get(name) is not None]  # some are not measured at every step
+    marker = "o" if len(known) < len(rows) else None
+    steps, values = [row["step"] for row in known], _series(known, name)
+    axes.plot(steps, values, label=label, color=color, linewidth=1.6, marker=marker, markersize=3)
 
 
 def reward(rows: Rows) -> str:
@@ -56,6 +59,8 @@ def reward(rows: Rows) -> str:
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± one standard deviation")
         _line(axes, rows, "reward", "mean", BLUE)
+        if any(row.get("eval_reward") is not None for row in rows):
+            _line(axes, rows, "eval_reward", "held-out prompts", ORANGE)
 
     return _draw("Reward", paint)
 

@@ -46,6 +46,7 @@ def _large(name: str, megatron: MegatronConfig) -> RunConfig:
         backend="megatron",
         megatron=megatron,
         overlong_buffer=1024,
+        gap_every=10,  # what replay is worth is looked at now and then: it costs a forward pass of all samples
         rollout=_ROLLOUT,
         sync=SyncConfig(method="disk", pause="retract"),
         optim=_OPTIM,

@@ -65,7 +65,8 @@ def _subtitle(run: RunDir, config: RunConfig, rows: list[dict[str, Any]]) -> str
 
 def _tiles(rows: list[dict[str, Any]]) -> str:
     first, last, _ = findings.ends(rows, "reward")
-    trained, native = findings.mean(rows, "abs_delta_logp"), findings.mean(rows, "abs_delta_logp_native")
+    both = findings.compared(rows) or rows
+    trained, native = findings.mean(both, "abs_delta_logp"), findings.mean(both, "abs_delta_logp_native")
     tiles = [
         (f"{first:.2f} → {last:.2f}", "reward, first and last steps"),
         (f"{trained:.4f}", "mean |Δlogp| as trained"),

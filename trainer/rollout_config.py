@@ -12,7 +12,13 @@ class RolloutConfig:
     upstream: str | None = None
     """SGLang-compatible engine or gateway to use; none starts the embedded engine on this machine."""
     engines: tuple[str, ...] = ()
-    """URLs of the engines behind `upstream` that get the weights; none: `upstream` itself."""
+    """URLs of the engines behind `upstream` that get the weights; none: both sides of `pairs`, or `upstream` itself."""
+    pairs: tuple[str, ...] = ()
+    """Prefill/decode pairs to ask instead of `upstream`, each PREFILL_URL,BOOTSTRAP_PORT,DECODE_URL; auto: those that
+    the gateway lists, whose engines are then to be named."""
+    served_model: str | None = None
+    """The model's name at a gateway that asks for one (the engines' --served-model); none: the folder of the first
+    weights."""
     max_staleness: int = 0
     """Weight versions that a trained token may be older than the newest; samples with older ones are left out."""
     prompts: int = 16
@@ -60,3 +66,8 @@ class RolloutConfig:
     """Roles an environment may append to a conversation."""
     enable_thinking: bool = False
     """Whether the chat template opens a thinking block before each answer."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether engines are somebody's, and none is started here."""
+        return self.upstream is not None or bool(self.pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +32,7 @@ def prepare(
     version: int = 0,
     reference: Backend | None = None,
     charge: PolicyConfig | None = None,
+    compare: bool = True,
 ) -> tuple[list[list[Prepared]], Gap]:
     """Compute old logprobs under the routing that the update will use; measure the mismatch with and without replay.
 
@@ -44,13 +46,15 @@ def prepare(
         reference: the reference policy, if the loss has a KL to one. It is given the update's routes, so that the KL is
             of the weights, and not of two routings.
         charge: coefficient and estimator of a KL in the reward, which advantages are charged with; None: there is none.
+        compare: whether to measure the gap under the trainer's own routing, too, which is a pass of its own where the
+            engine's is replayed.
 
     Returns:
         Microbatches ready for the optimizer, and the gap over those of all ranks.
     """
     meter = Meter()
     prepared = [
-        _prepare(backend, step, _mode_of_step(mode, number), meter, reference, charge)
+        _prepare(backend, step, _mode_of_step(mode, number), meter, reference, charge, compare)
         for number, step in enumerate(steps)
     ]
     return prepared, Meter.joined(backend.world.spoken(meter, backend.place)).gap(version)
@@ -70,8 +74,9 @@ def _prepare(
     meter: Meter,
     reference: Backend | None,
     charge: PolicyConfig | None,
+    compare: bool,
 ) -> list[Prepared]:
-    natives = backend.scores_native(step)
+    natives = backend.scores_native(step) if compare or mode != "rollout" else []
     if mode == "rollout":
         routes = [item.seen.routes for item in step]
         old = backend.scores(step, routes)
@@ -79,9 +84,9 @@ def _prepare(
         routes = [native.seen if mode == "trainer" else None for native in natives]
         old = [native.logprobs for native in natives]
     held = [None] * len(step) if reference is None else reference.scores(step, routes)
-    for item, trained, native in zip(step, old, natives, strict=True):
+    for item, trained, native in zip_longest(step, old, natives):
         if item.trajectories:
-            meter.add(item, trained, native.logprobs, native.routes)
+            meter.add(item, trained, *((None, None) if native is None else (native.logprobs, native.routes)))
     found = []
     for item, logprobs, given, other in zip(step, old, routes, held, strict=True):
         batch = replace(item.batch, old_logprobs=logprobs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pacenote.kernels.pack import pack
@@ -106,6 +107,16 @@ def test_recipes_fit_the_gpus_that_they_name(name: str) -> None:
     found = plan.plan(recipes.shape(config), config, world=recipes.WORLDS[name])
     gib = found.memory.total / 2**30
     assert gib < {"glm47_flash": 90, "qwen3_30b_a3b": 90}.get(name, 70)
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
+    """Their scales are tensors of their own, without which they load as other numbers."""
+    weights = pytest.importorskip("pacenote.trainer.megatron_weights", exc_type=ImportError)
+    save_file({"w": torch.ones(2, dtype=torch.float8_e4m3fn), "v": torch.ones(2)}, tmp_path / "model.safetensors")
+    found = weights._Checkpoint(tmp_path)
+    assert found.read("v").tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"expected w in .* as float32, bfloat16 or float16, got torch\.float8_e4m3fn"):
+        found.read("w")
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,16 @@ def test_findings_say_what_was_measured() -> None:
     assert "warning" not in said
 
 
+def test_steps_without_a_comparison_are_left_out_of_it() -> None:
+    """Of every third step the trainer's own routing was measured, and there replay left more."""
+    unknown = dict.fromkeys(("abs_delta_logp_native", "k3_kl_native", "flipped", "flipped_by_layer"))
+    said = texts([row(i, abs_delta_logp=0.02) if i % 3 == 0 else row(i, **unknown) for i in range(9)])
+    assert "0.0500 with the trainer's own routing and 0.0200 with replay (40%)" in said
+    never = texts([row(i, **unknown) for i in range(3)])
+    assert "0.0150 with replay, k3 KL 3.0e-04; the trainer's own routing was not measured (--gap-every 0)" in never
+    assert "warning" not in said + never
+
+
 def test_collapsed_routing_is_reported() -> None:
     rows = [row(i, flipped=0.03 if i < 8 else 0.0) for i in range(20)]
     assert findings.collapsed(rows)
@@ -105,6 +115,7 @@ def test_page_stands_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rows",
     [[], [row(0)], [row(0, reward=None, reward_std=None, flipped=None, flipped_by_layer=None, entropy=None)],
+     [row(i, abs_delta_logp_native=None, flipped=None, flipped_by_layer=None, eval_reward=0.5) for i in range(3)],
      [row(i, k3_kl=0.0, k3_kl_native=0.0, abs_delta_logp=0.0, abs_delta_logp_native=0.0) for i in range(3)]],
 )  # fmt: skip
 def test_thin_runs_still_get_a_page(tmp_path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,24 @@ def routes_of(backend: HfBackend, steps: list[list[Microbatch]], mode: ReplayMod
     """Rows [T, L, K] that each optimizer step replays."""
     routes = [[item.routes for item in step] for step in prepare(backend, steps, mode)[0]]
     return [torch.cat([r.rows.long() for r in step if r is not None]) for step in routes]
+
+
+def test_without_a_comparison_there_is_one_pass_less(
+    backend: HfBackend, trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gap under replay is as it was, and so is what the update gets; the native one is unknown and not zero."""
+    lost = [replace(trajectories[0], provenance=np.full(LENGTH - 1, MISSING, dtype=np.uint8)), *trajectories[1:]]
+    steps = [microbatches(samples(lost), backend.config, "cpu")]
+    ready, both = prepare(backend, steps, "rollout")
+    monkeypatch.setattr(backend, "score_native", None)
+    alone, one = prepare(backend, steps, "rollout", compare=False)
+    assert one.trained == both.trained
+    assert (one.native.tokens, one.flips, one.missing) == (0, None, both.missing)
+    assert math.isnan(one.native.mean_abs)
+    assert one.groups["role"]["response"].trained == both.groups["role"]["response"].trained
+    for left, right in zip(ready[0], alone[0], strict=True):
+        assert left.batch.old_logprobs is not None
+        assert torch.equal(left.batch.old_logprobs, right.batch.old_logprobs)  # type: ignore[arg-type]
 
 
 def test_missing_rows_are_counted_and_routed_freely(backend: HfBackend, trajectories: list[Trajectory]) -> None:
