@@ -4,7 +4,8 @@
 
 The trainer's own `backend.pack`, `prepare` and `update` over the same samples, with `--replay` off, rollout and
 trainer. `off` is the trainer as it is: it records its own routing and measures the gap to the engine's, whether it
-replays or not. `none` is less than a mode: the hooks taken off, samples that bring no routes, old logprobs compared
+replays or not. `rollout_only` is rollout in a step without that measurement (`--gap-every`), which needs one pass less.
+`none` is less than a mode: the hooks taken off, samples that bring no routes, old logprobs compared
 with nothing.
 
 Random tokens; a sample's second half is its answer. Routes and logprobs of the rollout are the model's own of a pass
@@ -54,7 +55,7 @@ from pacenote.trainer.optim import OptimConfig
 from pacenote.trainer.phases import Phases
 from pacenote.trainer.step import ReplayMode, prepare, update
 
-MODES = ("none", "off", "rollout", "trainer")
+MODES = ("none", "off", "rollout", "rollout_only", "trainer")
 WORKS = ("pack", "prepare", "learn", "step")
 """Packing; old logprobs and the gap; forward and backward of the loss; all of a step, the optimizer's part included."""
 LOSS = PolicyConfig()
@@ -145,6 +146,8 @@ class Trainer:
 
     def prepare(self, mode: str, items: Sequence[Microbatch]) -> list[Prepared]:
         """Old logprobs, and what the update replays."""
+        if mode == "rollout_only":
+            return prepare(self.backend, [items], "rollout", compare=False)[0][0]
         if mode in get_args(ReplayMode):
             return prepare(self.backend, [items], mode)[0][0]  # type: ignore[arg-type]
         old = self.backend.scores(items, [None] * len(items))
@@ -204,7 +207,7 @@ class Trainer:
             items = self.pack(mode)
             prepared = self.prepare(mode, items)
             self.learn(prepared)
-        times = {"rollout": 2, "trainer": 1}.get(mode, 0)
+        times = {"rollout": 2, "rollout_only": 2, "trainer": 1}.get(mode, 0)
         expected = times * self.rows * len(self.backend.replay.layers)
         replayed = self.backend.audit().total("replayed") if mode != "none" else 0
         assert replayed == expected, f"{mode}: {replayed} rows were replayed, expected {expected}"
@@ -325,7 +328,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{head} bytes a token: {', '.join(parts)}, other fields {row['device_other_a_token']:.2f}"
     peak = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 1e6:.1f} MB"
     return (
-        f"{head} {row['work']:<8} {row['implementation']:<8} {row['median_us'] / 1e3:>10.1f} ms "
+        f"{head} {row['work']:<8} {row['implementation']:<12} {row['median_us'] / 1e3:>10.1f} ms "
         f"{row['over_off_percent']:>+7.1f} % [{row['over_off_p10']:+.1f}, {row['over_off_p90']:+.1f}] "
         f"processor {row['processor_over_off_percent']:>+6.1f} %{peak}"
     )

@@ -79,7 +79,7 @@ def test_routes_are_whole_and_weights_reach_both(engines: Engines, tmp_path: Pat
     ("words", "says"),
     [
         (["--rollout.pairs", "auto"], "--rollout.pairs auto expects --rollout.upstream"),
-        (["--rollout.pairs", "http://a"], "PREFILL_URL,BOOTSTRAP_PORT,DECODE_URL"),
+        (["--rollout.pairs", "http://a"], "PREFILL_URL,BOOTSTRAP_PORT"),
         (["--rollout.served-model", "x"], "--rollout.served-model expects --rollout.upstream"),
         (["--engine", "sglang-cpu", "--rollout.pairs", "http://a,1,http://b"], "leave one out"),
     ],
