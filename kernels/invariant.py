@@ -1,12 +1,12 @@
 """A linear layer in which a row's result does not depend on the rows around it, bit for bit.
 
 Matrix products choose their tiles and the order of their sums by the number of rows, so a token decoded alone and the
-same token in a batch differ by a rounding. Here every row is computed in a tile of one constant shape, filled up with
-zeros: f(x[:1]) == f(x)[:1], and any padding, chunking or permutation of the rows changes nothing. That holds for one
-device, one number of threads, one version of the libraries.
+same token in a batch differ by a rounding. Here every row is computed as if it were alone: f(x[:1]) == f(x)[:1], and no
+padding, chunking or permutation of the rows changes anything. That holds for one device, one number of threads, one
+version of the libraries.
 
-CPU tensors and float64 take the definition, plain torch over tiles of TILE rows. CUDA and ROCm take the kernel of
-`invariant_triton`, and so does the CPU in Triton's interpreter.
+CPU tensors and float64 take the definition, a product for each row. CUDA and ROCm take the kernel of
+`invariant_triton`, in tiles of one constant shape, and so does the CPU in Triton's interpreter.
 
 Legend: T tokens, D model, V outputs.
 """
@@ -24,7 +24,9 @@ from pacenote.kernels.reference import wide
 __all__ = ["invariant_linear"]
 
 TILE = 16
-"""Rows of a tile of the definition. At 8, MKL's result was seen to depend on the row's place in the tile."""
+"""Rows of a call of the definition, and tokens that it adds up at once."""
+ALIGNED = 64
+"""Bytes of which a row's address is a multiple."""
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +70,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype
         from pacenote.kernels import invariant_triton
 
         return invariant_triton.product(a, b, bias, dtype)
-    out = tiled(a, wide(b).t())
+    out = alone(a, wide(b).t())
     return (out if bias is None else out + bias.to(out.dtype)).to(dtype)
 
 
@@ -94,19 +96,22 @@ def add_rows(total: Tensor, a: Tensor) -> None:
     total.copy_(wider[:, 0])
 
 
-def tiled(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [T, K] matrix [K, N], TILE rows at a time; the definition.
+def alone(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [T, K] matrix [K, N], a product for each row; the definition.
 
-    The tiles lie in one fresh copy, each at a multiple of 64 bytes, so that the rows' alignment in memory is no part of
-    the result either.
+    Not of several rows: MKL's sum was seen to depend on the row's place among 8 on all processors, and among any number
+    on AMD's. TILE products are one call, whatever T is, of a matrix that lies column by column; the rows are copied: so
+    neither batch, strides nor alignment in memory are a part of the result.
     """
-    count = x.shape[0]
-    rows = x.new_zeros(count + -count % TILE, x.shape[1], dtype=matrix.dtype)
-    rows[:count] = x
-    out = rows.new_empty(rows.shape[0], matrix.shape[1])
-    for start in range(0, rows.shape[0], TILE):
-        torch.mm(rows[start : start + TILE], matrix, out=out[start : start + TILE])
-    return out[:count]
+    (count, depth), width = x.shape, matrix.shape[1]
+    rows = x.new_zeros(count + -count % TILE, 1, depth + -depth % (ALIGNED // matrix.element_size()), dtype=matrix.dtype)
+    rows[:count, 0, :depth] = x
+    columns = matrix.t().contiguous().t().expand(TILE, depth, width)
+    out = rows.new_empty(len(rows), 1, width)
+    for start in range(0, len(rows), TILE):
+        part = slice(start, start + TILE)
+        torch.bmm(rows[part, :, :depth], columns, out=out[part])
+    return out[:count, 0]
 
 
 def padded(x: Tensor) -> Tensor:

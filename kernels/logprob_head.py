@@ -130,7 +130,7 @@ def tiled_stats(x: Tensor, weight: Tensor, bias: Tensor | None, heat: Tensor | N
         part = slice(start, min(start + tile, len(x)))
         rest = tile - (part.stop - start)
         own = heat if heat is None or not heat.ndim else torch.cat([heat[part], heat.new_ones(rest)])
-        z = logprob_ops.scaled(torch.mm(invariant.padded(x[part]), matrix), bias, own)
+        z = logprob_ops.scaled(invariant.alone(invariant.padded(x[part]), matrix), bias, own)
         chosen = torch.cat([targets[part], targets.new_full((rest,), -1)])
         out[part] = logprob_stats(z, chosen)[: tile - rest]
     return out

@@ -24,7 +24,7 @@ from pacenote.kernels.reference import COUNTERS
 from pacenote.kernels.spec import PAD
 from pacenote.replay.errors import UnsupportedModel
 
-Kind = Literal["moved", "integers", "rounded once", "in pieces", "in row tiles", "matmul in row tiles", "one op"]
+Kind = Literal["moved", "integers", "rounded once", "in pieces", "in row tiles", "matmul by rows", "one op"]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -112,7 +112,7 @@ class ExactForward(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ROWS:
             return "in row tiles", _rowwise
         if name in MATMULS:
-            return "matmul in row tiles", self._matmul
+            return "matmul by rows", self._matmul
         raise _refusal(func, args, kwargs)
 
     def _is_weight(self, x: Any) -> bool:

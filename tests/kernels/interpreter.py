@@ -4,6 +4,8 @@
 - A masked load without `other` raises: a GPU gives anything there, the interpreter 0.
 - bfloat16 is rounded to nearest as on a GPU, and refused by arithmetic, comparisons, dots and reductions: the
   interpreter keeps its bits in a uint16 and would compute with those.
+- In a dot a row's sum is the same wherever the row stands, as in a GPU's tile: BLAS sums some rows of a tile in another
+  order, which ones is up to the processor.
 - Atomic additions of floats are refused: their order, and so their result, does not repeat on a GPU.
 - device_assert and overflow of int32 are checked, launch arguments that nobody knows are refused.
 - NaN from inf - inf warns nobody, as on a GPU.
@@ -61,10 +63,13 @@ class StrictBuilder(ti.InterpreterBuilder):  # type: ignore[misc]
         refuse_bf16((arg,), op.__name__)
         return super().unary_op(arg, op)
 
-    def create_dot(self, a: Any, b: Any, *rest: Any) -> Any:
-        """Matrix products."""
+    def create_dot(self, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        """Matrix products, each element summed in the order of K."""
         refuse_bf16((a, b), "dot")
-        return super().create_dot(a, b, *rest)
+        if not all(handle.dtype.scalar.is_floating() and handle.dtype.primitive_bitwidth > 8 for handle in (a, b)):
+            return super().create_dot(a, b, d, *rest)
+        total = np.einsum("...mk,...kn->...mn", a.data, b.data, dtype=d.data.dtype)
+        return ti.TensorHandle(total + d.data, d.dtype.scalar)
 
     def create_load(self, ptr: Any, *rest: Any) -> Any:
         """Loads without a mask: all of it is read."""

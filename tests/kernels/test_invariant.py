@@ -52,6 +52,20 @@ def test_any_rows(
     assert torch.equal(some[1], whole[1][picked])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_s_place(dtype: torch.dtype, device: torch.device) -> None:
+    """The same row is the same bits in every place, whatever kernel a library has for a shape."""
+    depths, widths = (
+        ((9, 100), (3, 65)) if launch.INTERPRETED else ((*range(1, 34), 64, 100, 491), (1, 2, 3, 8, 17, 65))
+    )
+    for dim in depths:
+        for outputs in widths:
+            x, weight = (normal(1, dim, dtype=dtype, device=device), normal(outputs, dim, dtype=dtype, device=device))
+            out = invariant_linear(x.expand(37, dim), weight)
+            assert torch.equal(out, out[:1].expand_as(out)), (dim, outputs)
+            assert torch.equal(out[:1], invariant_linear(x, weight)), (dim, outputs)
+
+
 def test_gradcheck(device: torch.device) -> None:
     x, weight, bias = (
         normal(*s, seed=i, dtype=torch.float64, device=device).requires_grad_()

@@ -320,10 +320,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else [out]:
             if isinstance(value, Tensor) and value.is_floating_point():  # the interpreter moves storages as bytes
-                self.largest = max(self.largest, value.numel())
-                if value.numel() >= self.big:
+                held = min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
+                self.largest = max(self.largest, held)
+                if held >= self.big:
                     self.made.append(weakref.ref(value))
-        if func is torch.ops.aten.mm.default and len(self.made):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.out) and len(self.made):
             self.projected += out.shape[0] if out.numel() >= self.big else 0
         return out
 

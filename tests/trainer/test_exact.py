@@ -67,7 +67,7 @@ def test_the_pages_lines_run(
     some, all_ = (pack(part, advantages=[1.0] * len(part)) for part in (trajectories[3:5], trajectories[:9]))
     names: dict[str, Any] = {"model": model, "batch": some}
     exec(block, names)
-    assert "'mm': 'matmul in row tiles'" in capsys.readouterr().out
+    assert "'mm': 'matmul by rows'" in capsys.readouterr().out
     with names["exact"].forward():
         hidden = model.base_model(**all_.inputs).last_hidden_state
     logprob, _ = names["exact"].logprobs(hidden, all_.targets, 1.0, all_.loss_mask)

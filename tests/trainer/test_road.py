@@ -270,7 +270,7 @@ def test_wrong_input_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     bad.write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"messages": 3}\n')
     assert "no such file" in refused("train", "tiny", "--data", str(tmp_path / "none.jsonl"))
     assert "line 2" in refused("train", "tiny", "--data", str(bad))
-    assert "unknown recipe 'huge'; the recipes are: tiny" in refused("train", "huge")
+    assert "unknown recipe 'huge'; the recipes are: " in refused("train", "huge")
     assert "expects a recipe" in refused("train")
     assert "is not a run folder" in refused("train", "--resume", str(tmp_path))
     assert "cannot import 'nowhere'" in refused("train", "tiny", "--reward", "nowhere:reward")
