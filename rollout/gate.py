@@ -67,24 +67,23 @@ class Gate:
                     head = await reader.readuntil(b"\r\n\r\n")
                 path, head = read_head(head)
                 if path == "/metrics":
-                    await _say(writer, await self._metrics(head))
+                    await _say(reader, writer, await self._metrics(head))
                 else:
                     await self._pass_on(path, head, reader, writer)
             except asyncio.LimitOverrunError:
                 message = f"the request's head is above {HEAD} bytes"
-                await _say(writer, refusal("431 Too Large", "bad_request", message))
+                await _say(reader, writer, refusal("431 Too Large", "bad_request", message))
             except _Refusal as refused:
-                await _say(writer, refused.answer)
+                await _say(reader, writer, refused.answer)
         writer.close()
 
     async def _pass_on(
         self, path: str, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Copy both ways."""
-        down_reader, down_writer = await self._connect(path)
-        down_writer.write(head)
-        if not await _splice(reader, writer, down_reader, down_writer):
-            raise _down("it ended before it had answered")
+        with await self._connect(path) as process:
+            if not await _splice(reader, writer, process, head):
+                raise _down("it ended before it had answered")
 
     async def _metrics(self, head: bytes) -> bytes:
         """All processes' metrics added up; the first answer that is not 200 as it is."""
@@ -99,7 +98,7 @@ class Gate:
         start = f"HTTP/1.1 200 OK\r\ncontent-type: {CONTENT_TYPE}\r\ncontent-length: {len(body)}\r\n"
         return f"{start}connection: close\r\n\r\n".encode() + body
 
-    async def _connect(self, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self, path: str) -> socket.socket:
         """The process that holds the path's session; for a path without one, each in turn.
 
         A process that is down makes /health fail, and others answer what any could.
@@ -110,21 +109,35 @@ class Gate:
         tries = 1 if found or path == "/health" else count
         for index in range(first, first + tries):
             with contextlib.suppress(OSError):
-                return await asyncio.open_unix_connection(self._sockets[index % count])
+                return await _connected(self._sockets[index % count])
         raise _down(f"number {first} of {count}")
+
+
+async def _connected(path: Path) -> socket.socket:
+    """A connection to a process, without a transport: one whose writing fails would forget what has come to be read."""
+    process = socket.socket(socket.AF_UNIX)
+    try:
+        process.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(process, str(path))
+    except BaseException:
+        process.close()
+        raise
+    return process
 
 
 async def _ask(path: Path, head: bytes) -> bytes:
     """A process's whole answer to a request without a body."""
+    loop = asyncio.get_running_loop()
     try:
-        reader, writer = await asyncio.open_unix_connection(path)
+        process = await _connected(path)
     except OSError as error:
         raise _down(f"socket {path.name}") from error
-    try:
-        writer.write(head)
-        return await reader.read(-1)
-    finally:
-        writer.close()
+    parts = []
+    with process, contextlib.suppress(ConnectionError):
+        await loop.sock_sendall(process, head)
+        while data := await loop.sock_recv(process, _CHUNK):
+            parts.append(data)
+    return b"".join(parts)
 
 
 def read_head(head: bytes) -> tuple[str, bytes]:
@@ -150,45 +163,73 @@ def _down(which: str) -> _Refusal:
     return _Refusal("503 Service Unavailable", "worker_unavailable", message)
 
 
-async def _say(writer: asyncio.StreamWriter, answer: bytes) -> None:
+async def _say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: bytes) -> None:
+    """An answer of our own, perhaps before the request has come to its end."""
     writer.write(answer)
     await writer.drain()
+    await _linger(writer, asyncio.create_task(_throw_away(reader)))
+
+
+async def _linger(writer: asyncio.StreamWriter, up: asyncio.Task[None]) -> None:
+    """Let the client send the rest of its request: closed with something unread, its side would forget the answer."""
+    with contextlib.suppress(OSError, RuntimeError):
+        writer.write_eof()
+    try:
+        await asyncio.wait({up}, timeout=LINGER)
+    finally:
+        up.cancel()
+        await asyncio.gather(up, return_exceptions=True)
+
+
+async def _throw_away(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        while await reader.read(_CHUNK):
+            pass
 
 
 async def _splice(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    down_reader: asyncio.StreamReader,
-    down_writer: asyncio.StreamWriter,
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, process: socket.socket, head: bytes
 ) -> bool:
     """Copy both ways until the process has answered, or the client has left: then the process sees it leave.
 
     Returns:
         False if the process ended without a word to a client that waits.
     """
-    up = asyncio.create_task(_copy(reader, down_writer))
-    down = asyncio.create_task(_copy(down_reader, writer))
+    up = asyncio.create_task(_copy_up(reader, process, head))
+    down = asyncio.create_task(_copy_down(process, writer))
     try:
         await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
         if not down.done():
             return True
         if answered := bool(down.result()):
-            with contextlib.suppress(OSError, RuntimeError):
-                writer.write_eof()
-            await asyncio.wait({up}, timeout=LINGER)
+            await _linger(writer, up)
         return answered
     finally:
         for task in (up, down):
             task.cancel()
         await asyncio.gather(up, down, return_exceptions=True)
-        down_writer.close()
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
-    """Until the reader ends; returns bytes. A writer that has gone is left alone: what is read then is thrown away."""
+async def _copy_up(reader: asyncio.StreamReader, process: socket.socket, head: bytes) -> None:
+    """The request, until the client ends it; what a process that has gone does not take is thrown away."""
+    loop = asyncio.get_running_loop()
+    data = head
+    with contextlib.suppress(ConnectionError):
+        while data:
+            try:
+                await loop.sock_sendall(process, data)
+            except OSError:
+                await _throw_away(reader)
+                return
+            data = await reader.read(_CHUNK)
+
+
+async def _copy_down(process: socket.socket, writer: asyncio.StreamWriter) -> int:
+    """The answer, until the process ends it; returns bytes. A client that has gone is left alone."""
+    loop = asyncio.get_running_loop()
     count = 0
     with contextlib.suppress(ConnectionError):
-        while data := await reader.read(_CHUNK):
+        while data := await loop.sock_recv(process, _CHUNK):
             count += len(data)
             with contextlib.suppress(ConnectionError, RuntimeError):
                 writer.write(data)
