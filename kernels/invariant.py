@@ -104,7 +104,8 @@ def alone(x: Tensor, matrix: Tensor) -> Tensor:
     neither batch, strides nor alignment in memory are a part of the result.
     """
     (count, depth), width = x.shape, matrix.shape[1]
-    rows = x.new_zeros(count + -count % TILE, 1, depth + -depth % (ALIGNED // matrix.element_size()), dtype=matrix.dtype)
+    stride = depth + -depth % (ALIGNED // matrix.element_size())
+    rows = x.new_zeros(count + -count % TILE, 1, stride, dtype=matrix.dtype)
     rows[:count, 0, :depth] = x
     columns = matrix.t().contiguous().t().expand(TILE, depth, width)
     out = rows.new_empty(len(rows), 1, width)
