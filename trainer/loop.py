@@ -183,7 +183,10 @@ def one_step(
         steps = [backend.pack(step, spare) for step in share]
     with leader.phases("measure"):
         charge = config.loss if config.kl_in == "reward" else None
-        prepared, gap = prepare(backend, steps, config.replay, version=version, reference=reference, charge=charge)
+        compare = bool(config.gap_every) and version % config.gap_every == 0
+        prepared, gap = prepare(
+            backend, steps, config.replay, version=version, reference=reference, charge=charge, compare=compare
+        )
 
     backend.audit()  # the counters so far are of the measurements
     lr = backend.set_lr(version, config.steps)

@@ -105,10 +105,8 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.road
-def test_killed_and_resumed_the_numbers_are_the_same(tmp_path: Path, long: bool) -> None:
+def test_killed_and_resumed_the_numbers_are_the_same(tmp_path: Path) -> None:
     """A rerun from the same seed is equal to the last bit, and so is a run that was killed -9 after its second step."""
-    if not long:
-        pytest.skip("three runs with all their processes: --long")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert started(whole, "tiny", *TINY, "--out", str(whole)).wait(240) == 0, whole.with_suffix(".log").read_text()
     run = started(cut, "tiny", *TINY, "--out", str(cut))

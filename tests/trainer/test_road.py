@@ -110,7 +110,7 @@ def test_other_modes_show_the_whole_gap(tmp_path: Path, mode: str) -> None:
 
 
 def test_own_prompts(tmp_path: Path) -> None:
-    """--data with a reward by import path."""
+    """--data with a reward by import path; the gap is compared at every other step."""
     data = tmp_path / "data.jsonl"
     prompts = [{"messages": [{"role": "user", "content": f"Say {word}"}], "label": word} for word in ("a", "b", "c")]
     data.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -125,14 +125,17 @@ def test_own_prompts(tmp_path: Path) -> None:
         "--reward",
         "mine:reward",
         "--steps",
-        "1",
+        "2",
         "--out",
         str(tmp_path / "run"),
     ]
-    done = pacenote(*words, *SMALL, path=tmp_path)
+    done = pacenote(*words, *SMALL, "--gap-every", "2", path=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
-    (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
-    assert row["reward"] > 0
+    first, second = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert first["reward"] > 0 < second["reward"]
+    assert first["abs_delta_logp"] < first["abs_delta_logp_native"]
+    assert (second["abs_delta_logp_native"], second["flipped"]) == (None, None)
+    assert second["abs_delta_logp"] > 0
     assert "Say " in (tmp_path / "run" / "samples" / "step_000000.txt").read_text(encoding="utf-8")
 
 
