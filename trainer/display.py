@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import Any
 
@@ -84,4 +85,5 @@ class Display:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """The row's numbers as text; "-" where there is none."""
-    return ["-" if row.get(name) is None else format(row[name], form) for _, name, form in COLUMNS]
+    values = [(row.get(name), form) for _, name, form in COLUMNS]
+    return ["-" if value is None or math.isnan(value) else format(value, form) for value, form in values]

@@ -33,7 +33,7 @@ def _draw(title: str, paint: Any) -> str:
         axes.spines[side].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         corner = (1.0, 0.99)  # above the axes, so that no line runs behind it
-        axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=corner, ncols=5, handlelength=1.2)
+        axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=corner, ncols=6, handlelength=1.2)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()

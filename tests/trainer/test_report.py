@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pacenote.trainer import findings, groups, metrics, recipes
 from pacenote.trainer.config import RunConfig
-from pacenote.trainer.display import Display
+from pacenote.trainer.display import Display, cells
 from pacenote.trainer.report import write_report
 from pacenote.trainer.rundir import RunDir
 
@@ -69,6 +69,13 @@ def test_steps_without_a_comparison_are_left_out_of_it() -> None:
     never = texts([row(i, **unknown) for i in range(3)])
     assert "0.0150 with replay, k3 KL 3.0e-04; the trainer's own routing was not measured (--gap-every 0)" in never
     assert "warning" not in said + never
+
+
+def test_what_was_not_measured_is_a_dash_on_the_screen() -> None:
+    whole, part = cells(row(0, entropy=4.0)), cells(row(0, entropy=4.0, abs_delta_logp_native=math.nan, flipped=None))
+    assert "-" not in whole
+    assert part.count("-") == 2
+    assert "nan" not in part
 
 
 def test_collapsed_routing_is_reported() -> None:
