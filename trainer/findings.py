@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pacenote.trainer.rollouts import REFUSALS
+
 EDGE = 5  # steps averaged at each end of the run, at most
 RECENT = 10  # steps without a single flip that count as collapsed routing
 
@@ -85,6 +87,8 @@ def findings(rows: list[dict[str, Any]], replay: str, *, exact: bool = False) ->
 
 def _reward(rows: list[dict[str, Any]]) -> Finding:
     first, last, edge = ends(rows, "reward")
+    if math.isnan(mean(rows, "reward")):
+        return Finding("warning", f"Nothing countable was earned in {len(rows)} steps, so nothing was learnt.")
     return Finding(
         "measured",
         f"Mean reward went from {first:.3f} (first {edge} steps) to {last:.3f} (last {edge}), over {len(rows)} steps.",
@@ -100,6 +104,10 @@ def _gap(rows: list[dict[str, Any]], replay: str) -> Finding:
             "measured",
             "The trainer replayed its own routes, which keeps its updates consistent but does not close the gap to the"
             f" engine: mean |Δlogp| {trained:.4f}, k3 KL {k3:.1e}.",
+        )
+    if math.isnan(trained):
+        return Finding(
+            "measured", "No token was trained on, so nothing is known of the gap between engine and trainer."
         )
     if not both:
         return Finding(
@@ -160,6 +168,9 @@ def _warnings(rows: list[dict[str, Any]], replay: str, *, exact: bool = False) -
         out.append(
             f"{skipped} optimizer steps were skipped, since their loss or gradient was not finite or far too large."
         )
+    if refused := {name: n for name in REFUSALS if (n := total(rows, f"groups_refused_{name}"))}:
+        reasons = ", ".join(f"{n} {name}" for name, n in refused.items())
+        out.append(f"{sum(refused.values())} groups were refused and others played in their place: {reasons}.")
     if failed := total(rows, "episodes_failed"):
         out.append(f"{failed} episodes failed in transport and were not trained on.")
     if unrewarded := total(rows, "episodes_unrewarded") - total(rows, "episodes_failed"):

@@ -92,6 +92,12 @@ def test_trouble_is_reported() -> None:
     assert "2 rows (once a layer)" in texts([row(0, rows_invalid=2)])
     assert "1 episodes failed" in texts([row(0, episodes_failed=1, episodes_unrewarded=1)])
     assert "3 optimizer steps were skipped" in texts([row(0, skipped_spike=1), row(1, skipped_not_finite=2)])
+    refused = [row(0, groups_refused_zero_std=3, groups_refused_stale=0), row(1, groups_refused_stale=1)]
+    assert "4 groups were refused and others played in their place: 3 zero_std, 1 stale" in texts(refused)
+    nothing = texts([row(0, reward=None, abs_delta_logp=None, abs_delta_logp_native=None, k3_kl=None)])
+    assert "warning: Nothing countable was earned in 1 steps" in nothing
+    assert "No token was trained on" in nothing
+    assert "nan" not in nothing
     assert "Replay was off" in texts([row(0)], "off")
     assert "does not close the gap" in texts([row(0)], "trainer")
     assert texts([]) == "warning: No step was finished."
