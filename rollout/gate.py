@@ -133,10 +133,15 @@ async def _ask(path: Path, head: bytes) -> bytes:
     except OSError as error:
         raise _down(f"socket {path.name}") from error
     parts = []
-    with process, contextlib.suppress(ConnectionError):
-        await loop.sock_sendall(process, head)
-        while data := await loop.sock_recv(process, _CHUNK):
-            parts.append(data)
+    with process:
+        try:
+            await loop.sock_sendall(process, head)
+            while data := await loop.sock_recv(process, _CHUNK):
+                parts.append(data)
+        except ConnectionError as error:  # what has come is not all of it
+            raise _down(f"socket {path.name}") from error
+    if not parts:
+        raise _down(f"socket {path.name}")
     return b"".join(parts)
 
 

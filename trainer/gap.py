@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pacenote.kernels.pack import Routes
 from pacenote.kernels.spec import REPLAY
 from pacenote.replay.audit import (
     Flips,
@@ -28,6 +27,7 @@ from pacenote.replay.audit import (
     mismatch,
     split,
 )
+from pacenote.trainer.backend import Native
 from pacenote.trainer.batch import Microbatch
 
 
@@ -77,19 +77,18 @@ class Meter:
         self._top_k = 0
         self._samples = 0
 
-    def add(self, item: Microbatch, trained: Tensor, native: Tensor | None, own: Routes | None) -> None:
+    def add(self, item: Microbatch, trained: Tensor, native: Native | None) -> None:
         """Take a microbatch in.
 
         Args:
             item: with the rollout's logprobs and routes.
             trained: [T] float32, logprobs under the routing that the update uses.
-            native: [T] float32, under the trainer's own; None: not measured.
-            own: the trainer's own routing of all T positions; None: not measured.
+            native: of a pass under the trainer's own, and that routing; None: not measured.
         """
         batch = item.batch
         real = batch.segment_ids >= 0  # a batch's padding belongs to nobody
-        unknown = torch.full_like(trained, torch.nan)
-        logprobs = torch.stack([trained, unknown if native is None else native, batch.logprobs])[:, real]
+        own = torch.full_like(trained, torch.nan) if native is None else native.logprobs
+        logprobs = torch.stack([trained, own, batch.logprobs])[:, real]
         self._logprobs.append(logprobs.cpu().numpy())
         places = torch.stack([batch.loss_mask.int(), batch.segment_ids])[:, real].cpu().numpy()
         version = np.concatenate([t.version[1:] for t in item.trajectories])
@@ -99,12 +98,13 @@ class Meter:
         differs = np.full(len(version), np.nan)
         compared = torch.zeros_like(real) if batch.routes is None else (batch.routes.state == REPLAY) & real
         self._missing += len(version) - int(compared.sum())
-        if batch.routes is not None and own is not None:
-            changed, shared = _compare(batch.routes.rows[compared], own.rows[compared])
+        if batch.routes is not None and native is not None:
+            rows = native.routes.rows
+            changed, shared = _compare(batch.routes.rows[compared], rows[compared])
             differs[compared[real].cpu().numpy()] = changed.any(1).cpu().numpy()
             layers = torch.stack([torch.ones_like(shared).sum(0), changed.sum(0), shared.sum(0)])
             self._by_layer.append(layers.cpu().numpy())
-            self._top_k = own.rows.shape[2]
+            self._top_k = rows.shape[2]
         self._differs.append(differs)
 
     @classmethod

@@ -61,7 +61,7 @@ class Leader:
         # Checked here, before anything runs.
         self._held_out = (
             evaluate.held_out(config.eval, game.tasks, seed=config.seed, training=config.data)
-            if (config.eval.every)
+            if config.eval.every
             else []
         )
 

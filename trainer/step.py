@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
 
 from pacenote.kernels.pack import PackedBatch
 from pacenote.kernels.policy import PolicyConfig
-from pacenote.trainer.backend import Backend, Divisor, Prepared
+from pacenote.trainer.backend import Backend, Divisor, Native, Prepared
 from pacenote.trainer.batch import Microbatch
 from pacenote.trainer.gap import Gap, Meter
 from pacenote.trainer.guard import Reason
@@ -76,17 +75,19 @@ def _prepare(
     charge: PolicyConfig | None,
     compare: bool,
 ) -> list[Prepared]:
-    natives = backend.scores_native(step) if compare or mode != "rollout" else []
+    natives: Sequence[Native | None]
     if mode == "rollout":
+        natives = backend.scores_native(step) if compare else [None] * len(step)
         routes = [item.seen.routes for item in step]
         old = backend.scores(step, routes)
     else:
+        natives = backend.scores_native(step)
         routes = [native.seen if mode == "trainer" else None for native in natives]
         old = [native.logprobs for native in natives]
     held = [None] * len(step) if reference is None else reference.scores(step, routes)
-    for item, trained, native in zip_longest(step, old, natives):
+    for item, trained, native in zip(step, old, natives, strict=True):
         if item.trajectories:
-            meter.add(item, trained, *((None, None) if native is None else (native.logprobs, native.routes)))
+            meter.add(item, trained, native)
     found = []
     for item, logprobs, given, other in zip(step, old, routes, held, strict=True):
         batch = replace(item.batch, old_logprobs=logprobs)

@@ -20,7 +20,7 @@ ANSWER = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 5\r\nconnection: cl
 @pytest.fixture
 def hasty() -> Iterator[Path]:
     """A process that answers whoever comes without reading a byte, and closes."""
-    with TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as listener:
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         path = Path(folder) / "process"
         listener.bind(str(path))
         listener.listen(100)

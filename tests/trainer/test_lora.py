@@ -151,7 +151,7 @@ def test_the_export_is_merged_under_the_models_own_names(
     assert torch.equal(found["model.layers.1.mlp.gate.weight"], start["model.layers.1.mlp.gate.weight"])
     expert = "model.layers.1.mlp.experts.5.down_proj.weight"
     if config is ALL:  # peft lays A out by expert and rank, B by rank and expert
-        a, b = (_factor(before, "model.layers.1.mlp.experts", end, "down_proj") for end in "AB")
+        a, b = (_down_factor(before, "model.layers.1.mlp.experts", end) for end in "AB")
         added = b.reshape(len(b), -1, 16)[..., 5] @ a.reshape(16, -1, a.shape[-1])[5]
         assert float(added.abs().max()) > 0
         torch.testing.assert_close(found[expert], start[expert] + scale * added)
@@ -163,12 +163,11 @@ def test_the_export_is_merged_under_the_models_own_names(
     assert float((scored(open_backend(tiny_dir, lora.ALL_WEIGHTS), trajectories) - mine).abs().max()) > 1e-2
 
 
-def _factor(found: dict[str, torch.Tensor], module: str, which: str, weight: str) -> torch.Tensor:
-    """A or B of an experts' weight: of the two wrappers the one whose sizes are the weight's, [., I] and [O, .]."""
+def _down_factor(found: dict[str, torch.Tensor], module: str, which: str) -> torch.Tensor:
+    """A or B of the experts' down_proj: of the two wrappers the one whose sizes are the weight's, [., I] and [O, .]."""
     inner, outer = 32, 64  # of down_proj: the expert's, and the model's
     names = [name for name in found if name.startswith(module) and name.endswith(f"lora_{which}.default.weight")]
     assert len(names) == 2
-    assert weight == "down_proj"
     if which == "A":
         return next(found[name] for name in names if found[name].shape[1] == inner)
     a = next(name for name in names if found[name.replace("lora_B", "lora_A")].shape[1] == inner)
